@@ -1,0 +1,55 @@
+"""StagePrune: every sparsity level is a prefix of the same weights, every stage of the trajectory runs its own.
+
+>>> import stageprune
+>>> pipe.enable_stage_pruning("out/bundle")
+>>> print(pipe.stage_pruning_summary())
+>>> pipe.disable_stage_pruning()
+"""
+
+from .core.api import allocate, calibrate, prune
+from .core.bundle import Bundle, load_bundle
+from .core.calibration import Calibration
+from .core.errors import StagePruneError
+from .core.groups import check_slice_equals_mask, families, find_groups, register_family
+from .core.hosts.diffusers.attach import (
+    attach,
+    detach,
+    disable_stage_pruning,
+    enable_stage_pruning,
+    is_stage_pruning_enabled,
+    stage_pruning_summary,
+)
+from .core.planning import Allocation, ErrorTable
+from .core.pruning import Bank, methods, register_method
+from .core.schedule import Stage, StageSchedule
+from .core.version import __version__
+
+attach()
+
+__all__ = [
+    "Allocation",
+    "Bank",
+    "Bundle",
+    "Calibration",
+    "ErrorTable",
+    "Stage",
+    "StagePruneError",
+    "StageSchedule",
+    "__version__",
+    "allocate",
+    "attach",
+    "calibrate",
+    "check_slice_equals_mask",
+    "detach",
+    "disable_stage_pruning",
+    "enable_stage_pruning",
+    "families",
+    "find_groups",
+    "is_stage_pruning_enabled",
+    "load_bundle",
+    "methods",
+    "prune",
+    "register_family",
+    "register_method",
+    "stage_pruning_summary",
+]

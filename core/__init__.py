@@ -1,0 +1,1 @@
+"""The engine and its hosts. `hosts/` alone imports diffusers or ComfyUI."""

@@ -1,0 +1,177 @@
+"""The public functions. Each takes a pipeline; the engine behind them takes a `Host`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import calibration as _calibration
+from . import planning as _planning
+from . import pruning as _pruning
+from .calibration import Calibration
+from .errors import StagePruneError
+from .host import Host, Prompt
+from .hosts.diffusers import DiffusersHost
+from .pruning import DEFAULT_LEVELS, Bank
+from .pruning.bank import Sharing
+from .runtime import pruner_of, remember_bank
+
+
+def host_for(pipe: Any) -> Host:
+    """The host of a pipeline; a Host is returned as it is. Refuses a pipeline that is being pruned already."""
+    host: Host = pipe if hasattr(pipe, "advance") and hasattr(pipe, "tau_reader") else DiffusersHost(pipe)
+    if pruner_of(host.denoiser) is not None:
+        raise StagePruneError(
+            "stage pruning is enabled on this pipeline, which would measure the pruned model as if it were dense. Call "
+            "disable_stage_pruning() first."
+        )
+    return host
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int = 25,
+    guidance: float = 1.5,
+    stages: int | Sequence[float] = 1,
+    alpha: str = "uniform",
+    seed: int = 0,
+    batch_size: int = 16,
+    checkpoint: str | Path | None = None,
+) -> Calibration:
+    """Accumulate the Hessians of every consumer's inputs on the pipeline's own dense trajectories.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        prompts: texts or class labels; each gets its own seed (`seed`, `seed + 1`, ...).
+        steps: sampling steps.
+        guidance: guidance scale; above 1 the unconditional pass is recorded too.
+        stages: equal stages kept apart (needed for orders or consumers per stage), or inner boundaries in tau, falling.
+        alpha: weight of each step: `uniform` or `log-decrease` (OBS-Diff, equation 5).
+        seed: first seed.
+        batch_size: prompts that run together.
+        checkpoint: file rewritten after each batch; an interrupted call goes on from it to the identical result.
+
+    Raises:
+        CalibrationError: too few data for the Hessians' rank, or a checkpoint of another call.
+
+    Example:
+        >>> calibration = stageprune.calibrate(pipe, list(range(10)) * 4, steps=20)
+        >>> calibration.save("out/calibration.safetensors")
+    """
+    return _calibration.calibrate(
+        host_for(pipe),
+        prompts,
+        steps=steps,
+        guidance=guidance,
+        stages=stages,
+        alpha=alpha,
+        seed=seed,
+        batch_size=batch_size,
+        checkpoint=checkpoint,
+    )
+
+
+def prune(
+    pipe: Any,
+    calibration: Calibration | None = None,
+    *,
+    method: str = "obs",
+    levels: Sequence[float] = DEFAULT_LEVELS,
+    kinds: Sequence[str] = ("head", "neuron"),
+    order: Sharing = "shared",
+    consumers: Sharing = "shared",
+    multiple: int = 64,
+    damping: float = 0.01,
+    seed: int = 0,
+) -> Bank:
+    """Order every group's units and compensate every consumer at every level. The pipeline is not changed, but it knows
+    the bank afterwards: `pipe.enable_stage_pruning(schedule)` works with a bare schedule.
+
+    Args:
+        pipe: the pipeline that was calibrated.
+        calibration: its Hessians; data-free methods (`magnitude`, `random`) need none.
+        method: one of `stageprune.methods()`.
+        levels: sparsities in [0, 1), the share of prunable MACs to remove; dense is always added.
+        kinds: unit kinds to prune.
+        order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
+        consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
+        multiple: neurons are kept in multiples of this.
+        damping: added to each Hessian's diagonal, relative to its mean.
+        seed: for methods that draw.
+
+    Raises:
+        BankError: an argument is out of range.
+        CalibrationError: the calibration is missing, of another model, or too small.
+
+    Example:
+        >>> bank = stageprune.prune(pipe, calibration, levels=[0, 0.2, 0.35, 0.5])
+    """
+    host = host_for(pipe)
+    bank = _pruning.prune(
+        host,
+        calibration,
+        method=method,
+        levels=levels,
+        kinds=kinds,
+        order=order,
+        consumers=consumers,
+        multiple=multiple,
+        damping=damping,
+        seed=seed,
+    )
+    remember_bank(host.denoiser, bank)
+    return bank
+
+
+def allocate(
+    pipe: Any,
+    bank: Bank,
+    *,
+    target: str | float = "macs:0.67",
+    strategy: str = "measured",
+    prompts: Sequence[Prompt] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    stages: int | Sequence[float] | None = None,
+    seed: int = 10_000,
+    batch_size: int = 32,
+) -> _planning.Allocation:
+    """Choose a level for each stage under a budget of MACs over the steps that the sampler really runs.
+
+    Args:
+        pipe: the pipeline that the bank was made from.
+        bank: the levels to choose from.
+        target: `macs:0.67` is 0.67 of the dense MACs over the same steps.
+        strategy: `uniform` or `measured` (error table, exact dynamic programming, check on held-out seeds).
+        prompts: of the probes; those of the calibration by default.
+        steps: sampling steps; those of the calibration by default.
+        guidance: guidance scale; that of the calibration by default.
+        stages: number of equal stages or inner boundaries in tau; 5 by default, or the bank's own.
+        seed: first probe seed.
+        batch_size: probes that run together.
+
+    Returns:
+        An `Allocation`: the schedule, its executed cost, the error table and the candidates that were tried.
+
+    Raises:
+        AllocationError: no level is cheap enough, or a stage is visited by no step.
+
+    Example:
+        >>> allocation = stageprune.allocate(pipe, bank, target="macs:0.67")
+        >>> stageprune.Bundle(bank, allocation.schedule).save("out/bundle")
+    """
+    return _planning.allocate(
+        host_for(pipe),
+        bank,
+        target=target,
+        strategy=strategy,
+        prompts=prompts,
+        steps=steps,
+        guidance=guidance,
+        stages=stages,
+        seed=seed,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,158 @@
+"""Run the pipeline on prompts and accumulate Hessians along its own trajectories."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import progress
+from ..errors import CalibrationError
+from ..fingerprint import Fingerprint
+from ..groups import consumer_sites, find_groups, width_groups
+from ..groups.group import linear_at
+from ..host import Host, Prompt
+from ..schedule import StageSchedule
+from .alpha import step_weights
+from .calibration import Calibration
+from .hessian import HessianRecorder
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def calibrate(
+    host: Host,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int = 25,
+    guidance: float = 1.5,
+    stages: int | Sequence[float] = 1,
+    alpha: str = "uniform",
+    seed: int = 0,
+    batch_size: int = 16,
+    checkpoint: str | Path | None = None,
+) -> Calibration:
+    """Accumulate the Hessian of every consumer's inputs on dense trajectories, guidance included, without decoding.
+
+    Args:
+        host: the pipeline.
+        prompts: texts or class labels; each gets its own seed (`seed`, `seed + 1`, ...).
+        steps: sampling steps.
+        guidance: guidance scale; above 1 the unconditional pass is recorded too.
+        stages: number of equal stages kept apart, or the inner boundaries in tau, falling. 1 pools everything.
+        alpha: weight of each step, `uniform` or `log-decrease`.
+        seed: first seed.
+        batch_size: prompts that run together.
+        checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes on
+            from there, to the identical result.
+
+    Raises:
+        CalibrationError: no prompts, too few data for the Hessians' rank, or a checkpoint of another call.
+
+    Example:
+        >>> calibration = calibrate(host, prompts=[0, 1, 2, 3] * 8, steps=20, checkpoint="calibration.part")
+    """
+    if not prompts:
+        raise CalibrationError("`prompts` is empty: give at least a few dozen prompts or class labels.")
+    if steps < 1 or batch_size < 1:
+        raise CalibrationError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
+    schedule = _stages(stages)
+    groups = width_groups(find_groups(host.denoiser))
+    widths = {path: linear_at(host.denoiser, path).in_features for path in consumer_sites(groups)}
+    provenance = {
+        **host.describe(),
+        "prompts": list(prompts),
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "alpha": alpha,
+        "batch_size": batch_size,
+    }
+    recorder = HessianRecorder(host.denoiser, widths, len(schedule.stages))
+    run = _Run(host, recorder, schedule, step_weights(alpha, len(host.taus(steps))), provenance)
+    done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
+    with progress.bar(len(prompts), "calibrating", "prompt") as bar:
+        bar.update(done)
+        for begin in range(done, len(prompts), batch_size):
+            part = prompts[begin : begin + batch_size]
+            run.batch(part, list(range(seed + begin, seed + begin + len(part))))
+            if checkpoint is not None:
+                run.result(begin + len(part)).save(checkpoint)
+            bar.update(len(part))
+    result = run.result(len(prompts))
+    result.check_rank(per_stage=result.stages > 1)
+    return result
+
+
+def _stages(stages: int | Sequence[float]) -> StageSchedule:
+    if isinstance(stages, int):
+        if stages < 1:
+            raise CalibrationError(f"`stages` must be at least 1, got {stages}.")
+        return StageSchedule.from_levels([0.0] * stages)
+    return StageSchedule.from_levels([0.0] * (len(stages) + 1), list(stages))
+
+
+class _Run:
+    """One calibration under way: the recorder, and what tells two calls apart."""
+
+    def __init__(
+        self,
+        host: Host,
+        recorder: HessianRecorder,
+        schedule: StageSchedule,
+        weights: Sequence[float],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self.host = host
+        self.recorder = recorder
+        self.schedule = schedule
+        self.weights = weights
+        self.provenance = provenance
+        self.fingerprint = Fingerprint.of(host.denoiser, list(recorder.hessians))
+
+    def batch(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+        """Sample one batch of prompts with the recorder on."""
+        host, steps, guidance = self.host, self.provenance["steps"], self.provenance["guidance"]
+        conditions = host.encode(prompts)
+        state = host.start(host.noise(seeds), steps)
+        with self.recorder.recording():
+            for tau, weight in zip(host.taus(steps), self.weights, strict=True):
+                self.recorder.stage, self.recorder.alpha = self.schedule.stage_of(tau), weight
+                state = host.advance(state, conditions, guidance, state.index + 1)
+
+    def result(self, done: int) -> Calibration:
+        """What has been accumulated after `done` prompts."""
+        return Calibration(
+            hessians=self.recorder.hessians,
+            rows=self.recorder.rows,
+            edges=tuple(self.schedule.edges),
+            fingerprint=self.fingerprint,
+            provenance={**self.provenance, "done": done},
+        )
+
+    def resume(self, checkpoint: Path) -> int:
+        """Load a checkpoint of this very call; the number of prompts that it covers, 0 if there is none."""
+        if not checkpoint.exists():
+            return 0
+        saved = Calibration.load(checkpoint)
+        asked = json.loads(json.dumps({**self.provenance, "edges": self.schedule.edges}))
+        found = {**saved.provenance, "edges": list(saved.edges)}
+        done = int(found.pop("done", 0))
+        differing = sorted(key for key in {*asked, *found} if asked.get(key) != found.get(key))
+        if saved.fingerprint.mismatch(self.fingerprint):
+            differing.append("model")
+        if differing:
+            raise CalibrationError(
+                f"`checkpoint` {checkpoint} belongs to another calibration: {', '.join(differing)} differ(s). "
+                "Delete it, or name another file."
+            )
+        for path, hessian in saved.hessians.items():
+            self.recorder.hessians[path].copy_(hessian)
+            self.recorder.rows[path].copy_(saved.rows[path])
+        logger.info("resuming calibration from %s at prompt %d", checkpoint, done)
+        return done

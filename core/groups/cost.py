@@ -1,0 +1,93 @@
+"""What a denoiser costs, in MACs (multiply-accumulates; half of what FLOP counters print) of one sample's forward.
+
+The total is counted by torch's own FlopCounterMode on the meta device, so it includes what cannot be pruned and needs no
+memory; the groups' share follows exactly from their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .group import Group, width_groups
+from .registry import family_of, find_groups
+
+
+@dataclass(frozen=True)
+class DenoiserCost:
+    """MACs of one forward of one sample, at any kept counts.
+
+    Args:
+        dense: MACs of the dense forward.
+        units: group name -> MACs of one unit (heads and neurons).
+        sizes: group name -> number of units.
+        blocks: per whole block: MACs that only go when the block goes (its modulation, say).
+        members: per whole block: names of the groups inside it.
+    """
+
+    dense: int
+    units: Mapping[str, int]
+    sizes: Mapping[str, int]
+    blocks: tuple[int, ...] = ()
+    members: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def prunable(self) -> int:
+        """MACs of all heads and neurons."""
+        return sum(self.units[name] * size for name, size in self.sizes.items())
+
+    def macs(self, kept: Mapping[str, int], skipped_blocks: Collection[int] = ()) -> int:
+        """MACs of one forward with `kept[name]` units in each group and the blocks of these indices skipped."""
+        gone = {name for index in skipped_blocks for name in self.members[index]}
+        total = self.dense - sum(self.blocks[index] for index in skipped_blocks)
+        for name, unit in self.units.items():
+            stays = 0 if name in gone else kept.get(name, self.sizes[name])
+            total -= unit * (self.sizes[name] - stays)
+        return total
+
+
+def measure_cost(
+    denoiser: nn.Module, groups: Sequence[Group] | None = None, size: tuple[int, int] | None = None
+) -> DenoiserCost:
+    """Count the MACs of a dense denoiser and split them over its groups.
+
+    Args:
+        denoiser: the dense denoiser; it may live on the meta device, no weight is read.
+        groups: its groups; found by its family if not given.
+        size: latent height and width, the model's own by default (only that is supported for fixed-size models).
+    """
+    groups = find_groups(denoiser) if groups is None else groups
+    tokens = family_of(denoiser).tokens(denoiser, size)
+    widths = width_groups(groups)
+    units = {group.name: group.cost.macs(tokens[group.tokens], tokens[group.tokens]) for group in widths}
+    sizes = {group.name: group.size for group in widths}
+    paths = next((group.blocks for group in groups if group.kind == "block"), ())
+    counts = _count_flops(denoiser)
+    members = tuple(
+        tuple(group.name for group in widths if group.consumers[0].path.startswith(f"{path}.")) for path in paths
+    )
+    overhead = tuple(
+        counts[f"{type(denoiser).__name__}.{path}"] // 2 - sum(units[name] * sizes[name] for name in inside)
+        for path, inside in zip(paths, members, strict=True)
+    )
+    return DenoiserCost(counts["Global"] // 2, units, sizes, overhead, members)
+
+
+def _count_flops(denoiser: nn.Module) -> dict[str, int]:
+    """FLOPs of one forward of one sample by module name, run on the meta device."""
+    state = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    inputs = {name: _to_meta(value) for name, value in family_of(denoiser).example_inputs(denoiser).items()}
+    # Attention takes its decomposed path on meta tensors, whose two matmuls the counter sees.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(denoiser, meta, kwargs=inputs)
+    return {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

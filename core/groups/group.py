@@ -1,0 +1,166 @@
+"""What a group is: the units of one attention or feed-forward that live and die together.
+
+The words are those of tensor parallelism: a *producer* is a Linear whose rows belong to units (column-parallel), a
+*consumer* is one whose columns do (row-parallel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GroupError
+
+UnitKind = Literal["head", "neuron", "block"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A producer: rows of the Linear at `path`, laid out as `blocks` packed copies (GEGLU 2, fused qkv 3)."""
+
+    path: str
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Cols:
+    """A consumer: columns of the Linear at `path`, starting at `offset` of its input."""
+
+    path: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer that a forward reads and that follows the kept count: `per_unit * kept`."""
+
+    path: str
+    name: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """MACs that one unit costs for one sample: `per_token * n + per_pair * n * m` (n queries, m keys)."""
+
+    per_token: int = 0
+    per_pair: int = 0
+
+    def macs(self, tokens: int, keys: int) -> int:
+        """MACs of one unit for `tokens` query tokens that look at `keys` key tokens."""
+        return self.per_token * tokens + self.per_pair * tokens * keys
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are removed together from producers, consumers, companions and attributes.
+
+    Args:
+        name: canonical name, the same in every host (`blocks.3.attn`, `blocks.3.ff`, `blocks`).
+        kind: what a unit is.
+        size: number of units.
+        width: channels of one unit (the head dimension; 1 for a neuron; 0 for blocks).
+        producers: Linears that compute the units.
+        consumers: Linears that read them.
+        companions: paths of per-channel norms that are sliced with the rows.
+        attributes: integers that must follow the kept count.
+        blocks: for kind `block`: module paths, one a unit; a removed block returns its first argument.
+        cost: MACs of one unit.
+        tokens: name of the stream whose tokens pass through the units (key of the family's token counts).
+    """
+
+    name: str
+    kind: UnitKind
+    size: int
+    width: int
+    producers: tuple[Rows, ...] = ()
+    consumers: tuple[Cols, ...] = ()
+    companions: tuple[str, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    blocks: tuple[str, ...] = ()
+    cost: UnitCost = field(default=UnitCost())
+    tokens: str = "image"
+
+    @property
+    def channels(self) -> int:
+        """Columns that the group takes in each consumer."""
+        return self.size * self.width
+
+    def columns(self, units: Tensor, offset: int = 0) -> Tensor:
+        """Channel indices of `units` (int64, shape (k,)) in their order, shape (k * width,)."""
+        within = torch.arange(self.width, device=units.device)
+        return (offset + units[:, None] * self.width + within).reshape(-1)
+
+    def rows(self, units: Tensor, blocks: int) -> Tensor:
+        """Row indices of `units` in a producer of `blocks` packed copies, block by block."""
+        columns = self.columns(units)
+        starts = torch.arange(blocks, device=units.device) * self.channels
+        return (starts[:, None] + columns).reshape(-1)
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.size} {self.kind}s"]
+        if self.width > 1:
+            parts[0] += f" x {self.width}"
+        parts += [f"  rows of    {p.path}" + (f" ({p.blocks} packed)" if p.blocks > 1 else "") for p in self.producers]
+        parts += [f"  columns of {c.path}" + (f" from {c.offset}" if c.offset else "") for c in self.consumers]
+        parts += [f"  sets       {a.path}.{a.name}" for a in self.attributes]
+        return "\n".join(parts)
+
+
+def width_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups whose units are channels (heads, neurons), without whole blocks."""
+    return [group for group in groups if group.kind != "block"]
+
+
+def consumer_sites(groups: Sequence[Group]) -> dict[str, list[tuple[Group, int]]]:
+    """Consumer path -> the groups that share its columns, by offset (FLUX's `proj_out` serves two)."""
+    sites: dict[str, list[tuple[Group, int]]] = {}
+    for group in groups:
+        for consumer in group.consumers:
+            sites.setdefault(consumer.path, []).append((group, consumer.offset))
+    return {path: sorted(entries, key=lambda entry: entry[1]) for path, entries in sites.items()}
+
+
+def linear_at(denoiser: nn.Module, path: str) -> nn.Linear:
+    """The Linear at `path`; GroupError if there is none or it is of a kind that cannot be sliced."""
+    try:
+        module = denoiser.get_submodule(path)
+    except AttributeError:
+        raise GroupError(f"`{path}` does not exist in {type(denoiser).__name__}.") from None
+    if not isinstance(module, nn.Linear):
+        raise GroupError(
+            f"`{path}` is a {type(module).__name__}, not a torch.nn.Linear. Quantised layers and LoRA wrappers are "
+            "not supported here: fuse and unload LoRA, or load the unquantised model, before pruning."
+        )
+    return module
+
+
+def check_groups(denoiser: nn.Module, groups: Sequence[Group]) -> None:
+    """Check that every group fits the modules it names. Raises GroupError naming group, path and shapes."""
+    names = [group.name for group in groups]
+    if len(set(names)) != len(names):
+        raise GroupError(f"group names must be unique, got {sorted(n for n in names if names.count(n) > 1)}.")
+    for group in width_groups(groups):
+        for producer in group.producers:
+            rows = linear_at(denoiser, producer.path).out_features
+            if rows != producer.blocks * group.channels:
+                raise GroupError(
+                    f"group `{group.name}`: producer `{producer.path}` has {rows} rows, expected "
+                    f"{producer.blocks} x {group.size} x {group.width}."
+                )
+        for consumer in group.consumers:
+            columns = linear_at(denoiser, consumer.path).in_features
+            if columns < consumer.offset + group.channels:
+                raise GroupError(
+                    f"group `{group.name}`: consumer `{consumer.path}` has {columns} columns, expected at least "
+                    f"{consumer.offset} + {group.size} x {group.width}."
+                )
+
+
+def kept_columns(entries: Sequence[tuple[Group, int]], units: Mapping[str, Tensor]) -> Tensor:
+    """Columns of a consumer that stay, concatenated over its groups in the order the sliced producers give them."""
+    return torch.cat([group.columns(units[group.name], offset) for group, offset in entries])

@@ -1,0 +1,116 @@
+"""What a host implements. The engine reaches a model only through this protocol, so it knows neither diffusers nor
+ComfyUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Prompt = int | str
+"""A text, or a class label for class-conditional models."""
+
+TauReader = Callable[[tuple[Any, ...], Mapping[str, Any]], float]
+"""Reads the noise level from the arguments of a denoiser call. Small and copyable: it travels with the denoiser."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Encoded prompts: tensors whose first dimension is the prompt."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, part: slice) -> Conditions:
+        return Conditions({name: tensor[part] for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """A point on a sampling trajectory, complete: advancing from it gives the same result however often it is done.
+
+    Args:
+        index: number of denoiser calls made so far.
+        latents: the noisy latents, shape (batch, ...).
+        sampler: the host's own state (history of a multistep solver, say); never changed in place.
+    """
+
+    index: int
+    latents: Tensor
+    sampler: Any
+
+
+class Host(Protocol):
+    """A pipeline seen by the engine. Stateless: all of a run is in its `SamplerState`."""
+
+    component: str
+    """Name of the denoiser in its pipeline (`transformer`, `unet`)."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is pruned."""
+
+    @property
+    def tau_reader(self) -> TauReader:
+        """How to read the noise level from a call of the denoiser."""
+
+    def taus(self, steps: int) -> list[float]:
+        """Noise level of each denoiser call that the sampler makes for `steps`, in order."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditions:
+        """Encode prompts once. ValueError names the first prompt that the model cannot take."""
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Initial noise, one seed a sample, shape (len(seeds), ...)."""
+
+    def start(self, noise: Tensor, steps: int) -> SamplerState:
+        """The state before the first denoiser call."""
+
+    def advance(self, state: SamplerState, conditions: Conditions, guidance: float, until: int) -> SamplerState:
+        """Make denoiser calls until `until` of them are made. `state` itself stays valid."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1], shape (batch, 3, height, width), float32 on the CPU."""
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance in plain JSON values: model, component, sampler and its configuration."""
+
+
+@torch.no_grad()
+def sample(
+    host: Host,
+    conditions: Conditions,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Final latents of whole trajectories, batch by batch.
+
+    Args:
+        host: the pipeline.
+        conditions: one entry a sample.
+        seeds: one seed a sample.
+        steps: sampling steps.
+        guidance: guidance scale.
+        batch_size: samples that run together. It changes results by float rounding only.
+        on_batch: called with the number of samples of each finished batch (for progress).
+    """
+    if len(conditions) != len(seeds):
+        raise ValueError(f"one seed a sample: got {len(conditions)} conditions and {len(seeds)} seeds.")
+    calls = len(host.taus(steps))
+    parts = []
+    for begin in range(0, len(seeds), batch_size):
+        part = slice(begin, begin + batch_size)
+        state = host.start(host.noise(seeds[part]), steps)
+        parts.append(host.advance(state, conditions[part], guidance, calls).latents)
+        if on_batch:
+            on_batch(len(parts[-1]))
+    return torch.cat(parts)

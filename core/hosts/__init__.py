@@ -1,0 +1,1 @@
+"""Hosts: what implements `core.host.Host`."""

@@ -1,0 +1,135 @@
+"""`pipe.enable_stage_pruning(...)`: plain functions on a pipeline or a denoiser, and the methods that delegate to them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...bundle import Bundle, load_bundle
+from ...errors import ScheduleError, StagePruneError
+from ...runtime import StagePruner, StageSummary, known_bank, pruner_of, remember_bank, summarise
+from ...schedule import StageSchedule
+from .host import DiffusersHost, find_denoiser
+from .timesteps import reader_for
+
+logger = logging.getLogger(__name__)
+
+
+def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedule) -> StagePruner:
+    """Run each stage of the denoising trajectory at its own level.
+
+    Args:
+        target: a pipeline, or its denoiser. State lives on the denoiser: pipelines that share it are pruned alike.
+        source: a bundle (Hub id, folder or `Bundle`), or a `StageSchedule` for the bank that the denoiser already knows
+            (from `prune`, or from an earlier enable).
+
+    Returns:
+        The pruner, for those who want to look inside.
+
+    Raises:
+        StagePruneError: already enabled, no bank known, or the denoiser cannot be pruned; nothing has been changed then.
+
+    Example:
+        >>> pipe.enable_stage_pruning("out/bundle")
+        >>> images = pipe([3, 7], num_inference_steps=20).images
+        >>> pipe.disable_stage_pruning()
+    """
+    denoiser = _denoiser(target)
+    if isinstance(source, StageSchedule):
+        bank, schedule = known_bank(denoiser), source
+        if bank is None:
+            raise StagePruneError(
+                "no bank is known for this denoiser, so a schedule alone cannot be enabled. Enable a bundle first, or make a "
+                "bank with stageprune.prune."
+            )
+    else:
+        bundle = source if isinstance(source, Bundle) else load_bundle(source)
+        if bundle.schedule is None:
+            remember_bank(denoiser, bundle.bank)
+            raise ScheduleError(
+                "the bundle has no schedule. Make one with stageprune.allocate, or enable a StageSchedule: its bank is known now."
+            )
+        bank, schedule = bundle.bank, bundle.schedule
+    train_timesteps = 1000 if isinstance(target, nn.Module) else target.scheduler.config.num_train_timesteps
+    return StagePruner(denoiser, bank, schedule, reader_for(denoiser, train_timesteps))
+
+
+def disable_stage_pruning(target: Any) -> None:
+    """Restore the denoiser, bit for bit. Warns if nothing was enabled."""
+    pruner = pruner_of(_denoiser(target))
+    if pruner is None:
+        logger.warning("disable_stage_pruning: stage pruning was not enabled on this %s.", type(target).__name__)
+        return
+    pruner.detach()
+
+
+def is_stage_pruning_enabled(target: Any) -> bool:
+    """Whether stage pruning is enabled."""
+    return pruner_of(_denoiser(target)) is not None
+
+
+def stage_pruning_summary(target: Any, steps: int | None = None) -> StageSummary:
+    """Stages, levels, parameters, MACs and memory, requested and realised.
+
+    Args:
+        target: a pipeline or its denoiser, with stage pruning enabled.
+        steps: also show what a run of so many steps executes (pipelines only).
+    """
+    pruner = pruner_of(_denoiser(target))
+    if pruner is None:
+        raise StagePruneError("stage pruning is not enabled; call enable_stage_pruning() first.")
+    if steps is None or isinstance(target, nn.Module):
+        return summarise(pruner)
+    return summarise(pruner, DiffusersHost(target).taus(steps), steps)
+
+
+METHODS = (enable_stage_pruning, disable_stage_pruning, is_stage_pruning_enabled, stage_pruning_summary)
+
+
+def attach() -> None:
+    """Add the functions above as methods to every pipeline class. New names only; nothing of diffusers is replaced.
+
+    Done by `import stageprune` unless STAGEPRUNE_NO_ATTACH=1.
+    """
+    if os.environ.get("STAGEPRUNE_NO_ATTACH") == "1":
+        return
+    for base in _pipeline_bases():
+        for function in METHODS:
+            existing = base.__dict__.get(function.__name__)
+            if existing is None:
+                setattr(base, function.__name__, function)
+            elif existing is not function:
+                logger.warning(
+                    "%s.%s exists already; use stageprune.%s instead.",
+                    base.__name__,
+                    function.__name__,
+                    function.__name__,
+                )
+
+
+def detach() -> None:
+    """Undo `attach`."""
+    for base in _pipeline_bases():
+        for function in METHODS:
+            if base.__dict__.get(function.__name__) is function:
+                delattr(base, function.__name__)
+
+
+def _pipeline_bases() -> list[type]:
+    import diffusers  # noqa: PLC0415
+
+    return [
+        base
+        for name in ("DiffusionPipeline", "ModularPipeline")
+        if (base := getattr(diffusers, name, None)) is not None
+    ]
+
+
+def _denoiser(target: Any) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return getattr(target, "_orig_mod", target)
+    return find_denoiser(target)[1]

@@ -1,0 +1,137 @@
+"""A diffusers pipeline as a `Host`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ...errors import StagePruneError
+from ...groups import families
+from ...host import Conditions, Prompt, SamplerState, TauReader
+from .pipelines import PipelineAdapter, adapter_for
+from .timesteps import TimestepReader, reader_for
+
+
+class DiffusersHost:
+    """Drives a pipeline step by step.
+
+    Args:
+        pipe: a `DiffusionPipeline` whose denoiser's family is supported.
+
+    Example:
+        >>> host = DiffusersHost(DiTPipeline.from_pretrained("demo/dit-digits"))
+        >>> latents = sample(host, host.encode([3, 7]), seeds=[0, 1], steps=20, guidance=1.5)
+        >>> images = host.decode(latents)
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.component, self._denoiser = find_denoiser(pipe)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The transformer or UNet."""
+        return self._denoiser
+
+    @property
+    def adapter(self) -> PipelineAdapter:
+        """How this pipeline class is driven."""
+        return adapter_for(self.pipe)
+
+    @property
+    def tau_reader(self) -> TauReader:
+        """Reader of the denoiser's timestep argument."""
+        return self._reader
+
+    @property
+    def _reader(self) -> TimestepReader:
+        return reader_for(self._denoiser, self.pipe.scheduler.config.num_train_timesteps)
+
+    def taus(self, steps: int) -> list[float]:
+        """Noise level of every entry of the scheduler's timesteps; solvers that call twice a step list both."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(steps)
+        reader = self._reader
+        return [reader((), {reader.argument: timestep}) for timestep in scheduler.timesteps]
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditions:
+        """Encode prompts or class labels."""
+        return self.adapter.encode(self.pipe, prompts)
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Noise as `pipe(generator=[torch.Generator().manual_seed(s) for s in seeds])` draws it."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), *self.adapter.latent_shape(self.pipe))
+        dtype = next(self._denoiser.parameters()).dtype
+        return randn_tensor(shape, generator=generators, device=self.pipe._execution_device, dtype=dtype)
+
+    def start(self, noise: Tensor, steps: int) -> SamplerState:
+        """A fresh copy of the pipeline's scheduler, set to `steps`."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(steps)
+        return SamplerState(0, noise, scheduler)
+
+    @torch.no_grad()
+    def advance(self, state: SamplerState, conditions: Conditions, guidance: float, until: int) -> SamplerState:
+        """Denoise until `until` calls are made. The scheduler is copied first, so `state` can be used again."""
+        scheduler = copy.deepcopy(state.sampler)
+        latents = state.latents
+        for timestep in scheduler.timesteps[state.index : until]:
+            output = self.adapter.predict(self.pipe, scheduler, latents, timestep, conditions, guidance)
+            latents = scheduler.step(output, timestep, latents).prev_sample
+        return SamplerState(until, latents, scheduler)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode to float32 images on the CPU."""
+        return self.adapter.decode(self.pipe, latents).float().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        """Model, component, scheduler and versions. Local folders are named by their last part only."""
+        name = str(getattr(self.pipe.config, "_name_or_path", "") or "")
+        scheduler = self.pipe.scheduler
+        config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        return {
+            "pipeline": type(self.pipe).__name__,
+            "model": Path(name).name if Path(name).exists() else name,
+            "component": self.component,
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {key: value for key, value in sorted(config.items()) if _is_plain(value)},
+            "dtype": str(next(self._denoiser.parameters()).dtype).removeprefix("torch."),
+            "versions": {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__},
+        }
+
+
+def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """Name and module of the pipeline's denoiser: its one component whose family is supported."""
+    known = set(families())
+    components: dict[str, Any] = getattr(pipe, "components", {})
+    found = [
+        (name, module)
+        for name, module in components.items()
+        if isinstance(module, nn.Module) and any(cls.__name__ in known for cls in type(_unwrap(module)).__mro__)
+    ]
+    if len(found) != 1:
+        modules = {name: type(m).__name__ for name, m in components.items() if isinstance(m, nn.Module)}
+        raise StagePruneError(
+            f"{type(pipe).__name__} must have exactly one denoiser of a supported class ({', '.join(sorted(known))}); "
+            f"its modules are {modules}."
+        )
+    return found[0][0], _unwrap(found[0][1])
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module under torch.compile's wrapper, which is no ModelMixin."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

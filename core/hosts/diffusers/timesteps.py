@@ -1,0 +1,82 @@
+"""Where diffusers' denoisers take the time from, and how it becomes tau."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import StagePruneError
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a class of denoisers is told the time: the argument, and tau = value / scale.
+
+    Args:
+        argument: name of the forward's argument.
+        scale: `train` divides by the scheduler's num_train_timesteps; a number divides by that.
+        reversed: the value counts from 0 (pure noise) to 1.
+    """
+
+    argument: str = "timestep"
+    scale: str | float = "train"
+    reversed: bool = False
+
+
+# Per denoiser class; what is not listed follows the first convention. Measured on real pipelines (tests/test_timesteps.py).
+CONVENTIONS: dict[str, Convention] = {"DiTTransformer2DModel": Convention()}
+
+
+@dataclass(frozen=True)
+class TimestepReader:
+    """Reads tau from the arguments of a denoiser call.
+
+    The largest value counts: image-conditioned models pass 0 for clean frames. On an accelerator this waits for the value
+    once a call; the denoiser's own kernels follow it anyway.
+
+    Args:
+        argument: name of the timestep argument.
+        position: its place among positional arguments.
+        scale: tau = value / scale.
+        reversed: tau = 1 - value / scale.
+    """
+
+    argument: str
+    position: int
+    scale: float
+    reversed: bool = False
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """Tau of this call, in [0, 1]."""
+        value = kwargs[self.argument] if self.argument in kwargs else args[self.position : self.position + 1]
+        if isinstance(value, tuple):
+            if not value:
+                raise StagePruneError(f"the denoiser was called without `{self.argument}`; its stage cannot be told.")
+            value = value[0]
+        if isinstance(value, torch.Tensor):
+            value = float((value.amin() if self.reversed else value.amax()).item())
+        tau = float(value) / self.scale
+        return min(max(1 - tau if self.reversed else tau, 0.0), 1.0)
+
+
+def reader_for(denoiser: nn.Module, train_timesteps: int = 1000) -> TimestepReader:
+    """The reader that fits a denoiser's class.
+
+    Args:
+        denoiser: a diffusers denoiser.
+        train_timesteps: the scheduler's `num_train_timesteps`.
+    """
+    convention = CONVENTIONS.get(type(denoiser).__name__, Convention())
+    parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    if convention.argument not in parameters:
+        raise StagePruneError(
+            f"{type(denoiser).__name__}.forward has no argument `{convention.argument}` (it has {', '.join(parameters)}); "
+            "register its convention in stageprune.core.hosts.diffusers.timesteps.CONVENTIONS."
+        )
+    scale = float(train_timesteps) if convention.scale == "train" else float(convention.scale)
+    return TimestepReader(convention.argument, parameters.index(convention.argument), scale, convention.reversed)

@@ -1,0 +1,160 @@
+"""The bank: orders, kept counts per level and compensated consumers; all that the run time needs beside the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import BankError, ScheduleError
+from ..fingerprint import Fingerprint
+from ..groups import DenoiserCost, Group, consumer_sites, find_groups
+from ..groups.group import linear_at
+from ..schedule import StageSchedule
+
+Sharing = Literal["shared", "stage"]
+
+
+class ConsumerKey(NamedTuple):
+    """Which consumer: its path, the level, and the bank's stage (0 where one serves all stages)."""
+
+    path: str
+    level: int
+    stage: int
+
+
+class Consumer(NamedTuple):
+    """A consumer at one level: weight (out, kept channels), columns in the order's prefix, and bias (out,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """What pruning yields.
+
+    Args:
+        denoiser: class name of the denoiser.
+        component: its name in the pipeline.
+        groups: the pruned groups.
+        sparsities: level -> sparsity; the first is 0 (dense).
+        kept: group name -> kept units per level.
+        orders: group name -> units, most important first: shape (size,), or (stages, size) for an order per stage.
+        consumers: consumer weights and biases of levels 1 and up.
+        edges: stage boundaries in tau from 1 to 0 that per-stage orders or consumers belong to; (1, 0) if all is shared.
+        method: what made it.
+        fingerprint: of the dense denoiser.
+        consumer_shapes: consumer path -> (out, in) features of the dense Linear.
+        provenance: plain data on how it was made.
+    """
+
+    denoiser: str
+    component: str
+    groups: tuple[Group, ...]
+    sparsities: tuple[float, ...]
+    kept: Mapping[str, tuple[int, ...]]
+    orders: Mapping[str, Tensor]
+    consumers: Mapping[ConsumerKey, Consumer]
+    edges: tuple[float, ...]
+    method: str
+    fingerprint: Fingerprint
+    consumer_shapes: Mapping[str, tuple[int, int]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def order_sharing(self) -> Sharing:
+        """`shared` if one order serves all stages (prefix views), `stage` if each stage has its own (gathered rows)."""
+        return "stage" if any(order.ndim == 2 for order in self.orders.values()) else "shared"
+
+    @property
+    def stages(self) -> int:
+        """Number of stages that the bank distinguishes (1 if all is shared)."""
+        return len(self.edges) - 1
+
+    @property
+    def consumer_sharing(self) -> Sharing:
+        """`shared` if a level's consumers serve all stages, `stage` if each stage has its own."""
+        return "stage" if any(key.stage > 0 for key in self.consumers) else "shared"
+
+    def order(self, group: str, stage: int) -> Tensor:
+        """Order of a group in one of the bank's stages, shape (size,)."""
+        order = self.orders[group]
+        return order[stage] if order.ndim == 2 else order
+
+    def consumer(self, path: str, level: int, stage: int) -> Consumer:
+        """The consumer at `path` for a level above 0 in one of the bank's stages."""
+        return self.consumers[ConsumerKey(path, level, stage if self.consumer_sharing == "stage" else 0)]
+
+    def level_of(self, sparsity: float) -> int:
+        """Index of the level with this sparsity. ScheduleError lists the levels that there are."""
+        for level, value in enumerate(self.sparsities):
+            if abs(value - sparsity) < 1e-6:
+                return level
+        have = ", ".join(f"{value:g}" for value in self.sparsities)
+        raise ScheduleError(f"the bank has no level of sparsity {sparsity:g}; its levels are {have}.")
+
+    def bind(self, schedule: StageSchedule) -> list[tuple[int, int]]:
+        """(level, bank stage) of each stage of `schedule`. ScheduleError if a stage straddles two of the bank's stages."""
+        bound = []
+        for index, stage in enumerate(schedule.stages):
+            inside = [i for i in range(self.stages) if self.edges[i + 1] <= stage.low and stage.high <= self.edges[i]]
+            if not inside:
+                raise ScheduleError(
+                    f"stage {index} (tau {stage.high:g} to {stage.low:g}) crosses a boundary of the bank, whose orders or "
+                    f"consumers are made for the stages {', '.join(f'{edge:g}' for edge in self.edges)}. Split the stage "
+                    "there, or prune with shared orders and consumers."
+                )
+            bound.append((self.level_of(stage.sparsity), inside[0]))
+        return bound
+
+    def macs(self, cost: DenoiserCost) -> dict[float, int]:
+        """Sparsity -> MACs of one forward of one sample."""
+        return {
+            sparsity: cost.macs({name: counts[level] for name, counts in self.kept.items()})
+            for level, sparsity in enumerate(self.sparsities)
+        }
+
+    def check_denoiser(self, denoiser: nn.Module) -> None:
+        """BankError if `denoiser` is not the one that the bank was made for."""
+        if type(denoiser).__name__ != self.denoiser:
+            raise BankError(f"the bank is for a {self.denoiser}, got a {type(denoiser).__name__}.")
+        # Paths and attribute names of a loaded bank are used only if the family itself gives the same ones.
+        found = {group.name: group for group in find_groups(denoiser)}
+        for group in self.groups:
+            if found.get(group.name) != group:
+                raise BankError(
+                    f"the bank's group `{group.name}` is not a group of this {self.denoiser} (widths or paths differ)."
+                )
+        for path, (out, columns) in self.consumer_shapes.items():
+            linear = linear_at(denoiser, path)
+            if (linear.out_features, linear.in_features) != (out, columns):
+                raise BankError(f"the bank's consumer `{path}` is {out} x {columns}, this denoiser's differs.")
+        why = self.fingerprint.mismatch(fingerprint_of(denoiser))
+        if why:
+            raise BankError(
+                f"the bank is for another {self.denoiser}: {why}. Load the model it was made from, or prune anew."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        return self  # never changed after it is made, and large
+
+    def __str__(self) -> str:
+        kinds = {kind: sum(g.kind == kind for g in self.groups) for kind in ("head", "neuron")}
+        groups = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items() if count)
+        lines = [
+            f"Bank of {self.denoiser} ({self.component}): method {self.method}, groups: {groups}",
+            f"  orders {self.order_sharing}, consumers {self.consumer_sharing}, stage edges {list(self.edges)}",
+        ]
+        for level, sparsity in enumerate(self.sparsities):
+            shown = [f"{g.name} {self.kept[g.name][level]}/{g.size}" for g in self.groups[:2]]
+            lines.append(f"  level {level}: sparsity {sparsity:.3f} ({', '.join(shown)}, ...)")
+        return "\n".join(lines)
+
+
+def fingerprint_of(denoiser: nn.Module, groups: Sequence[Group] | None = None) -> Fingerprint:
+    """Fingerprint of a dense denoiser, its values sampled from all consumers that its family finds."""
+    groups = find_groups(denoiser) if groups is None else groups
+    return Fingerprint.of(denoiser, list(consumer_sites([g for g in groups if g.kind != "block"])))

@@ -1,0 +1,76 @@
+"""How many units each group keeps at each level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from ..errors import BankError
+from ..groups import DenoiserCost, Group
+
+DEFAULT_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
+    """Sorted levels with dense first. BankError names a value outside [0, 1) or given twice."""
+    values = [float(value) for value in sparsities]
+    wrong = [value for value in values if not (math.isfinite(value) and 0 <= value < 1)]
+    if wrong:
+        raise BankError(f"`levels` must be sparsities in [0, 1), got {wrong[0]}.")
+    if len(set(values)) != len(values):
+        raise BankError(f"`levels` must differ from each other, got {values}.")
+    return tuple(sorted({0.0, *values}))
+
+
+def kept_counts(
+    groups: Sequence[Group], cost: DenoiserCost, sparsities: Sequence[float], multiple: int = 64
+) -> dict[str, tuple[int, ...]]:
+    """Kept units of each group at each level.
+
+    Heads are rounded to the nearest count, at least one. Neurons, whose counts are fine, then take up what that rounding
+    left over, so that the level removes the asked share of the groups' MACs; they are rounded to `multiple`.
+
+    Args:
+        groups: heads and neurons to prune (whole blocks are kept).
+        cost: MACs of the denoiser.
+        sparsities: level sparsities, rising, the first 0.
+        multiple: neurons are kept in multiples of this (what matrix hardware likes), at least one multiple.
+    """
+    if multiple < 1:
+        raise BankError(f"`multiple` must be at least 1, got {multiple}.")
+    heads = [group for group in groups if group.kind == "head"]
+    neurons = [group for group in groups if group.kind == "neuron"]
+    kept: dict[str, list[int]] = {group.name: [] for group in (*heads, *neurons)}
+    neuron_macs = sum(cost.units[group.name] * group.size for group in neurons)
+    total = neuron_macs + sum(cost.units[group.name] * group.size for group in heads)
+    for sparsity in sparsities:
+        removed = 0
+        for group in heads:
+            count = _clamp(round(group.size * (1 - sparsity)), 1, group.size)
+            kept[group.name].append(count)
+            removed += cost.units[group.name] * (group.size - count)
+        share = min(max((sparsity * total - removed) / neuron_macs, 0.0), 1.0) if neurons and sparsity else 0.0
+        for group in neurons:
+            count = round(group.size * (1 - share) / multiple) * multiple
+            kept[group.name].append(_clamp(count, min(multiple, group.size), group.size))
+    # A higher level never keeps more, whatever the rounding of the heads asked of the neurons.
+    return {name: tuple(min(counts[: i + 1]) for i in range(len(counts))) for name, counts in kept.items()}
+
+
+def realised_sparsity(kept: dict[str, tuple[int, ...]], cost: DenoiserCost, level: int) -> float:
+    """Share of the prunable MACs that a level really removes."""
+    counts = {name: values[level] for name, values in kept.items()}
+    return (cost.dense - cost.macs(counts)) / cost.prunable
+
+
+def select_groups(groups: Sequence[Group], kinds: Collection[str]) -> list[Group]:
+    """Groups of the asked kinds. BankError if a kind is unknown or the denoiser has none."""
+    present = {group.kind for group in groups if group.kind != "block"}
+    unknown = set(kinds) - present
+    if unknown or not kinds:
+        raise BankError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
+    return [group for group in groups if group.kind in kinds]
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))

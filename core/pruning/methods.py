@@ -1,0 +1,113 @@
+"""Pruning methods: how a group's units are ordered. One signature for all; a registry, so that others can be added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BankError
+from ..groups import Group
+from .compensate import with_bias
+from .obs import Order, obs_order
+
+
+@dataclass(frozen=True)
+class ConsumerProblem:
+    """A consumer as a method sees it: its dense weight and bias, its damped Hessian (None for data-free methods), and the
+    columns of the group's units in it, shape (units, width).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    hessian: Tensor | None
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class GroupProblem:
+    """One group to order.
+
+    Args:
+        group: the group.
+        consumers: the Linears that read it.
+        producers: weight rows of each unit in each producer, shape (units, channels, in).
+        seed: for methods that draw.
+    """
+
+    group: Group
+    consumers: Sequence[ConsumerProblem]
+    producers: Sequence[Tensor]
+    seed: int = 0
+
+
+OrderFunction = Callable[[GroupProblem], Order]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: how it orders, and whether consumers are compensated (which needs a calibration)."""
+
+    order: OrderFunction
+    compensates: bool
+    summary: str
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, *, compensates: bool = False) -> Callable[[OrderFunction], OrderFunction]:
+    """Decorator: make an order function known as a method of `prune`."""
+
+    def register(function: OrderFunction) -> OrderFunction:
+        _METHODS[name] = Method(function, compensates, (function.__doc__ or "").strip().splitlines()[0])
+        return function
+
+    return register
+
+
+def methods() -> dict[str, str]:
+    """Method name -> one-line description."""
+    return {name: method.summary for name, method in _METHODS.items()}
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`; BankError lists those that exist."""
+    if name not in _METHODS:
+        raise BankError(f"`method` must be one of {', '.join(_METHODS)}; got {name!r}.")
+    return _METHODS[name]
+
+
+@register_method("obs", compensates=True)
+def obs(problem: GroupProblem) -> Order:
+    """Greedy structured Optimal Brain Surgeon with compensated consumers (OBS-Diff, MosaicDiff)."""
+    consumers = []
+    for consumer in problem.consumers:
+        assert consumer.hessian is not None  # prune() requires a calibration for compensating methods
+        consumers.append((with_bias(consumer.weight, consumer.bias), consumer.hessian))
+    return obs_order(consumers, [consumer.columns for consumer in problem.consumers])
+
+
+@register_method("magnitude")
+def magnitude(problem: GroupProblem) -> Order:
+    """Largest L2 norm of a unit's producer rows and consumer columns stays; no data, no compensation."""
+    score = torch.zeros(problem.group.size, dtype=torch.float64)
+    for rows in problem.producers:
+        score += rows.double().square().sum((1, 2)).cpu()
+    for consumer in problem.consumers:
+        score += consumer.weight.double().square().sum(0)[consumer.columns].sum(1).cpu()
+    return _by_score(score)
+
+
+@register_method("random")
+def random(problem: GroupProblem) -> Order:
+    """A random order from the seed; no data, no compensation. The floor that any method must beat."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    return _by_score(torch.rand(problem.group.size, generator=generator, dtype=torch.float64))
+
+
+def _by_score(score: Tensor) -> Order:
+    ranked = score.sort(descending=True, stable=True)
+    return Order(ranked.indices, ranked.values)

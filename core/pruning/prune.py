@@ -1,0 +1,221 @@
+"""From calibration to bank: order every group's units, then compensate every consumer at every level."""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import progress
+from ..calibration import Calibration
+from ..errors import BankError
+from ..groups import Group, consumer_sites, find_groups, measure_cost
+from ..groups.group import linear_at
+from ..host import Host
+from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
+from .compensate import compensate, damp, with_bias
+from .levels import DEFAULT_LEVELS, check_sparsities, kept_counts, realised_sparsity, select_groups
+from .methods import ConsumerProblem, GroupProblem, Method, find_method
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def prune(
+    host: Host,
+    calibration: Calibration | None = None,
+    *,
+    method: str = "obs",
+    levels: Sequence[float] = DEFAULT_LEVELS,
+    kinds: Sequence[str] = ("head", "neuron"),
+    order: Sharing = "shared",
+    consumers: Sharing = "shared",
+    multiple: int = 64,
+    damping: float = 0.01,
+    seed: int = 0,
+) -> Bank:
+    """Make a bank of levels for the denoiser of `host`. The denoiser is not changed.
+
+    Args:
+        host: the pipeline.
+        calibration: Hessians of this denoiser; methods that compensate need it, others ignore it.
+        method: one of `stageprune.methods()`.
+        levels: sparsities, in [0, 1); dense is always added.
+        kinds: unit kinds to prune.
+        order: `shared`, one order for all stages (prefix views, free switches), or `stage`, one for each stage of the
+            calibration (gathered at a switch).
+        consumers: `shared`, one compensated consumer a level, or `stage`, one a level and stage of the calibration.
+        multiple: neurons are kept in multiples of this.
+        damping: added to the diagonal of each Hessian, relative to its mean.
+        seed: for methods that draw.
+
+    Raises:
+        BankError: an argument is out of range, or the method needs a calibration that is missing.
+        CalibrationError: the calibration is of another model, or has too few rows for a Hessian's rank.
+    """
+    recipe = _check(host, calibration, method, order, consumers, damping)
+    groups = select_groups(find_groups(host.denoiser), kinds)
+    sparsities = check_sparsities(levels)
+    cost = measure_cost(host.denoiser)
+    counts = kept_counts(groups, cost, sparsities, multiple)
+    started = time.perf_counter()
+    solver = _Solver(host.denoiser, groups, recipe, calibration, damping, seed)
+    orders: dict[str, Tensor] = {}
+    for group in progress.track(groups, "ordering units"):
+        parts = [solver.order(group, stage) for stage in solver.order_stages(order)]
+        orders[group.name] = torch.stack(parts) if order == "stage" else parts[0]
+    solved: dict[ConsumerKey, Consumer] = {}
+    sites = consumer_sites(groups)
+    for path in progress.track(sites, "compensating" if recipe.compensates else "slicing"):
+        for stage in solver.consumer_stages(order, consumers):
+            units = {
+                g.name: (orders[g.name][stage or 0] if order == "stage" else orders[g.name]) for g, _ in sites[path]
+            }
+            solved.update(solver.consumers(path, stage, units, counts))
+    return Bank(
+        denoiser=type(host.denoiser).__name__,
+        component=host.component,
+        groups=tuple(groups),
+        sparsities=sparsities,
+        kept=counts,
+        orders=orders,
+        consumers=solved,
+        edges=calibration.edges if calibration is not None and "stage" in (order, consumers) else (1.0, 0.0),
+        method=method,
+        fingerprint=fingerprint_of(host.denoiser),
+        consumer_shapes={path: tuple(linear_at(host.denoiser, path).weight.shape) for path in sites},
+        provenance={
+            **{key: value for key, value in host.describe().items() if key in ("pipeline", "model")},
+            "realised": [round(realised_sparsity(counts, cost, level), 6) for level in range(len(sparsities))],
+            "method": method,
+            "damping": damping,
+            "multiple": multiple,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 2),
+            "calibration": dict(calibration.provenance) if calibration is not None and recipe.compensates else None,
+        },
+    )
+
+
+def _check(
+    host: Host, calibration: Calibration | None, method: str, order: Sharing, consumers: Sharing, damping: float
+) -> Method:
+    """Validate the arguments before any work."""
+    recipe = find_method(method)
+    for name, value in (("order", order), ("consumers", consumers)):
+        if value not in ("shared", "stage"):
+            raise BankError(f"`{name}` must be 'shared' or 'stage', got {value!r}.")
+    if not 0 < damping < 1:
+        raise BankError(f"`damping` must be in (0, 1), got {damping}.")
+    if not recipe.compensates:
+        if "stage" in (order, consumers):
+            raise BankError(f"method {method!r} looks at no data, so it has nothing per stage; use 'shared'.")
+        return recipe
+    if calibration is None:
+        raise BankError(f"method {method!r} needs a `calibration`; make one with stageprune.calibrate.")
+    calibration.check_denoiser(fingerprint_of(host.denoiser))
+    if "stage" in (order, consumers):
+        if calibration.stages < 2:
+            raise BankError("orders or consumers per stage need a calibration with `stages` of at least 2.")
+        calibration.check_rank(per_stage=True)
+    calibration.check_rank(per_stage=False)
+    return recipe
+
+
+@dataclass
+class _Solver:
+    """Holds what ordering and compensating share: weights, Hessians (damped once each) and the method."""
+
+    denoiser: nn.Module
+    groups: Sequence[Group]
+    method: Method
+    calibration: Calibration | None
+    damping: float
+    seed: int
+
+    def order_stages(self, order: Sharing) -> list[int | None]:
+        """Stages to order for; None is all stages pooled."""
+        return [None] if order == "shared" or self.calibration is None else list(range(self.calibration.stages))
+
+    def consumer_stages(self, order: Sharing, consumers: Sharing) -> list[int | None]:
+        """Stages to compensate for. An order per stage has consumers per stage, since their columns differ."""
+        return self.order_stages("stage" if "stage" in (order, consumers) else "shared")
+
+    def hessian(self, path: str, stage: int | None) -> Tensor | None:
+        """Damped Hessian in float64."""
+        if self.calibration is None or not self.method.compensates:
+            return None
+        return damp(self.calibration.hessian(path, stage), self.damping)
+
+    def order(self, group: Group, stage: int | None) -> Tensor:
+        """Units of `group`, most important first."""
+        every = torch.arange(group.size)
+        problems = []
+        for consumer in group.consumers:
+            linear = linear_at(self.denoiser, consumer.path)
+            columns = group.columns(every, consumer.offset).reshape(group.size, group.width)
+            problems.append(ConsumerProblem(linear.weight, linear.bias, self.hessian(consumer.path, stage), columns))
+        producers = [
+            linear_at(self.denoiser, p.path).weight[group.rows(every, p.blocks)].view(p.blocks, group.size, -1, n_in)
+            for p in group.producers
+            for n_in in [linear_at(self.denoiser, p.path).in_features]
+        ]
+        rows = [part.movedim(0, 1).flatten(1, 2) for part in producers]
+        seed = self.seed + zlib.crc32(group.name.encode())
+        return self.method.order(GroupProblem(group, problems, rows, seed)).units
+
+    def consumers(
+        self, path: str, stage: int | None, units: Mapping[str, Tensor], counts: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[ConsumerKey, Consumer]]:
+        """The consumer at `path` for every level above 0."""
+        linear = linear_at(self.denoiser, path)
+        entries = consumer_sites(self.groups)[path]
+        levels = len(counts[entries[0][0].name])
+        hessian = self.hessian(path, stage)
+        columns, places = _nested_columns(entries, units, counts, linear.in_features)
+        kept = [len(place) for place in places]
+        if hessian is not None:
+            solutions = compensate(
+                with_bias(linear.weight, linear.bias), hessian, columns.to(linear.weight.device), kept
+            )
+        else:
+            bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+            solutions = [(linear.weight[:, columns[:count]], bias) for count in kept]
+        for level in range(1, levels):
+            weight, bias = solutions[level]
+            dtype = linear.weight.dtype
+            ordered = weight[:, places[level].to(weight.device)].to(dtype).contiguous()
+            yield ConsumerKey(path, level, stage or 0), Consumer(ordered, bias.to(dtype).clone())
+
+
+def _nested_columns(
+    entries: Sequence[tuple[Group, int]],
+    units: Mapping[str, Tensor],
+    counts: Mapping[str, tuple[int, ...]],
+    columns: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """A consumer's columns so ordered that every level is a prefix, even where several groups share the consumer.
+
+    Returns:
+        The permutation, shape (columns,); and per level the places in it of the kept columns, in the order in which the
+        sliced producers deliver them (segment after segment).
+    """
+    levels = len(counts[entries[0][0].name])
+    delivered, survives, end = [], [], 0
+    for group, offset in entries:
+        delivered += [torch.arange(end, offset), group.columns(units[group.name], offset)]
+        kept = torch.tensor(counts[group.name]) * group.width
+        survives += [torch.full((offset - end,), levels), (torch.arange(group.channels)[:, None] < kept).sum(1)]
+        end = offset + group.channels
+    delivered.append(torch.arange(end, columns))  # columns of no pruned group stay at every level
+    survives.append(torch.full((columns - end,), levels))
+    lasts, order = torch.cat(survives).sort(descending=True, stable=True)
+    place = order.argsort()
+    return torch.cat(delivered)[order], [
+        place[(lasts.new_tensor(level) < torch.cat(survives))] for level in range(levels)
+    ]

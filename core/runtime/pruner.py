@@ -1,0 +1,230 @@
+"""The switch: attaches a bank to a denoiser, follows the noise level, and sets what each stage needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StagePruneError
+from ..groups import Group, consumer_sites, measure_cost
+from ..groups.group import kept_columns, linear_at
+from ..host import TauReader
+from ..pruning import Bank
+from ..schedule import StageSchedule
+from .linear import GatheredLinear, StagedLinear, to_gathered, to_levels, to_prefix
+
+logger = logging.getLogger(__name__)
+
+_PRUNER = "_stage_pruner"
+_BANK = "_stage_bank"
+
+Variant = tuple[int, int]
+"""(level, stage of the bank); (0, 0) is dense."""
+
+DENSE: Variant = (0, 0)
+
+
+@dataclass
+class _Setting:
+    """One thing that a variant sets: an integer on a module, or rows to gather."""
+
+    module: nn.Module
+    name: str
+    values: list[int]  # per variant
+
+
+class StagePruner:
+    """Stage pruning of one denoiser. All state is on the denoiser, so every pipeline that shares it sees it.
+
+    Args:
+        denoiser: the dense denoiser.
+        bank: made for it.
+        schedule: what runs where.
+        read_tau: reads the noise level from a call.
+        variants: what must be resident; the variants of `schedule` by default.
+
+    Raises:
+        BankError, ScheduleError: bank or schedule do not fit. Nothing has been changed then.
+        StagePruneError: the denoiser is in a state that cannot be pruned (already enabled, offloaded, wrapped).
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        bank: Bank,
+        schedule: StageSchedule,
+        read_tau: TauReader,
+        variants: Sequence[Variant] | None = None,
+    ) -> None:
+        bound = bank.bind(schedule)
+        _check_state(denoiser, bank)
+        bank.check_denoiser(denoiser)
+        self.denoiser = denoiser
+        self.bank = bank
+        self.read_tau = read_tau
+        self.cost = measure_cost(denoiser)
+        self.switches = 0
+        self.variants = [DENSE, *sorted({self._variant(*v) for v in (variants or bound)} - {DENSE})]
+        self._settings: list[_Setting] = []
+        self._gathers: list[tuple[GatheredLinear, list[Tensor | None]]] = []
+        self._staged: list[StagedLinear] = []
+        self._active: int = 0
+        self._schedule = schedule
+        self._bound: list[int] = []
+        try:
+            self._attach()
+            self.schedule = schedule
+        except BaseException:
+            self._restore()
+            raise
+        self._hook = denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        denoiser.__dict__[_PRUNER] = self
+        denoiser.__dict__[_BANK] = bank
+
+    @property
+    def schedule(self) -> StageSchedule:
+        """The running schedule. Another one of the same bank can be set; its variants must be resident."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: StageSchedule) -> None:
+        wanted = [self._variant(*variant) for variant in self.bank.bind(schedule)]
+        missing = [variant for variant in wanted if variant not in self.variants]
+        if missing:
+            have = sorted({self.bank.sparsities[level] for level, _ in self.variants})
+            raise StagePruneError(
+                f"level {missing[0][0]} of the schedule is not resident (resident sparsities: {have}). Disable stage "
+                "pruning and enable it with this schedule."
+            )
+        self._schedule = schedule
+        self._bound = [self.variants.index(variant) for variant in wanted]
+
+    @property
+    def level(self) -> int:
+        """The level that is set now."""
+        return self.variants[self._active][0]
+
+    def switch(self, stage: int) -> None:
+        """Set what a stage of the schedule needs. Free if it is set already."""
+        variant = self._bound[stage]
+        if variant != self._active:
+            self._set(variant)
+
+    def detach(self) -> None:
+        """Restore the denoiser, bit for bit."""
+        self._hook.remove()
+        self._restore()
+        del self.denoiser.__dict__[_PRUNER]
+
+    def _variant(self, level: int, stage: int) -> Variant:
+        """Variants that hold the same tensors are one."""
+        shared = self.bank.order_sharing == "shared" and self.bank.consumer_sharing == "shared"
+        return (level, 0 if shared or level == 0 else stage)
+
+    @torch.compiler.disable  # reads a Python float and sets integers; the denoiser's graph guards on those
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.switch(self._schedule.stage_of(self.read_tau(args, kwargs)))
+
+    def _set(self, variant: int) -> None:
+        for setting in self._settings:
+            setattr(setting.module, setting.name, setting.values[variant])
+        for linear, rows in self._gathers:
+            chosen = rows[variant]
+            if chosen is not None:
+                linear.gather(chosen.to(linear.weight.device))
+        self._active = variant
+        self.switches += 1
+
+    def _attach(self) -> None:
+        for group in self.bank.groups:
+            self._attach_group(group)
+        sites = consumer_sites(self.bank.groups)
+        prefix = self.bank.order_sharing == "shared"
+        for path, entries in sites.items():
+            linear = linear_at(self.denoiser, path)
+            every = {group.name: self.bank.order(group.name, 0) for group, _ in entries}
+            order = _full_order(entries, every, linear.in_features) if prefix else None
+            consumers = [self.bank.consumer(path, level, stage) for level, stage in self.variants[1:]]
+            staged = to_levels(linear, consumers, order)
+            self._staged.append(staged)
+            self._settings.append(_Setting(staged, "stage_variant", list(range(len(self.variants)))))
+
+    def _attach_group(self, group: Group) -> None:
+        kept = [self.bank.kept[group.name][level] for level, _ in self.variants]
+        for producer in group.producers:
+            linear = linear_at(self.denoiser, producer.path)
+            rows = [count * group.width * producer.blocks for count in kept]
+            if self.bank.order_sharing == "shared" and producer.blocks == 1:
+                order = group.rows(self.bank.order(group.name, 0), 1)
+                staged: StagedLinear = to_prefix(linear, order)
+            else:
+                staged = to_gathered(linear, max(rows[1:], default=1))
+                self._gathers.append((cast(GatheredLinear, staged), self._rows_to_gather(group, producer.blocks, kept)))
+            self._staged.append(staged)
+            self._settings.append(_Setting(staged, "stage_rows", rows))
+        for attribute in group.attributes:
+            module = self.denoiser.get_submodule(attribute.path)
+            self._settings.append(_Setting(module, attribute.name, [attribute.per_unit * count for count in kept]))
+
+    def _rows_to_gather(self, group: Group, blocks: int, kept: Sequence[int]) -> list[Tensor | None]:
+        rows: list[Tensor | None] = [None]
+        for (_, stage), count in zip(self.variants[1:], kept[1:], strict=True):
+            rows.append(group.rows(self.bank.order(group.name, stage)[:count], blocks))
+        return rows
+
+    def _restore(self) -> None:
+        if self._staged:
+            self._set(0)
+        for staged in self._staged:
+            staged.restore()
+        self._staged, self._settings, self._gathers = [], [], []
+
+
+def pruner_of(denoiser: nn.Module) -> StagePruner | None:
+    """The pruner that is enabled on `denoiser`, if any."""
+    return denoiser.__dict__.get(_PRUNER)
+
+
+def known_bank(denoiser: nn.Module) -> Bank | None:
+    """The bank last enabled on `denoiser` or made from it, if any."""
+    return denoiser.__dict__.get(_BANK)
+
+
+def remember_bank(denoiser: nn.Module, bank: Bank) -> None:
+    """Let a bare schedule be enabled on `denoiser` later."""
+    denoiser.__dict__[_BANK] = bank
+
+
+def _check_state(denoiser: nn.Module, bank: Bank) -> None:
+    """Refuse states in which swapping Linears would be wrong or silently ignored, each with its remedy."""
+    if pruner_of(denoiser) is not None:
+        raise StagePruneError(
+            "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change levels only, "
+            "disable and enable with the new schedule."
+        )
+    paths = {p.path for group in bank.groups for p in (*group.producers, *group.consumers)}
+    for path in sorted(paths):
+        linear = linear_at(denoiser, path)
+        if type(linear) is not nn.Linear:
+            raise StagePruneError(
+                f"`{path}` is a {type(linear).__name__}, not a plain torch.nn.Linear. Fuse and unload LoRA, and load the "
+                "unquantised model, before enabling stage pruning."
+            )
+        if hasattr(linear, "_hf_hook"):
+            raise StagePruneError(
+                f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, then offload."
+            )
+
+
+def _full_order(entries: Sequence[tuple[Group, int]], units: Mapping[str, Tensor], columns: int) -> Tensor:
+    """Permutation of a consumer's columns when the rows of its producers are permuted; other columns stay."""
+    order = torch.arange(columns)
+    for entry in entries:
+        group, offset = entry
+        order[offset : offset + group.channels] = kept_columns([entry], units)
+    return order

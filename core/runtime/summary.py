@@ -1,0 +1,145 @@
+"""What is running: stages, levels, parameters, MACs and memory, requested and realised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..groups.group import linear_at
+from ..pruning import Bank, realised_sparsity
+from ..schedule import ExecutedCost, executed_cost
+from .pruner import StagePruner
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage: what was asked and what it comes to."""
+
+    high: float
+    low: float
+    level: int
+    requested: float
+    realised: float
+    heads: str
+    neurons: str
+    macs: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """Everything that `stage_pruning_summary()` shows; `str()` prints it as a table.
+
+    Args:
+        stages: a row a stage.
+        dense_macs: MACs of a dense forward of one sample.
+        dense_parameters: parameters of the dense denoiser.
+        dense_bytes: measured bytes of the denoiser's own parameters and buffers.
+        extra_bytes: measured bytes that stage pruning added (consumers of the levels, gather buffers, orders).
+        executed: cost over a sampler's steps, if the summary was asked for some.
+        steps: those steps.
+    """
+
+    stages: tuple[StageRow, ...]
+    dense_macs: int
+    dense_parameters: int
+    dense_bytes: int
+    extra_bytes: int
+    executed: ExecutedCost | None = None
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        names = ("stage", "tau", "level", "asked", "MACs cut", "heads", "neurons", "GMACs", "M params")
+        head = "  ".join(f"{name:>{width}}" for name, width in zip(names, (5, 13, 5, 6, 8, 9, 13, 8, 8), strict=True))
+        lines = ["Stage pruning (noisiest stage first; MACs of one sample's forward)", head]
+        for index, row in enumerate(self.stages):
+            lines.append(
+                f"{index:>5}  {row.high:>5.3f} - {row.low:<5.3f}  {row.level:>5}  {row.requested:>6.3f}  {row.realised:>8.3f}  "
+                f"{row.heads:>9}  {row.neurons:>13}  {row.macs / 1e9:>8.3f}  {row.parameters / 1e6:>8.2f}"
+            )
+        lines.append(f"dense: {self.dense_macs / 1e9:.3f} GMACs, {self.dense_parameters / 1e6:.2f} M parameters")
+        ratio = (self.dense_bytes + self.extra_bytes) / self.dense_bytes
+        lines.append(
+            f"memory: dense weights {self.dense_bytes / 2**20:.1f} MiB + levels {self.extra_bytes / 2**20:.1f} MiB "
+            f"= {ratio:.2f} x dense"
+        )
+        if self.executed is not None:
+            calls = " + ".join(str(count) for count in self.executed.calls)
+            lines.append(
+                f"at {self.steps} steps: {calls} denoiser calls a stage, {self.executed.share:.3f} of the dense MACs"
+            )
+        return "\n".join(lines)
+
+
+def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: int | None = None) -> StageSummary:
+    """Summary of an enabled pruner.
+
+    Args:
+        pruner: the pruner.
+        taus: noise levels of a sampler's calls, to add the executed cost.
+        steps: the steps that `taus` belongs to.
+    """
+    bank, schedule, cost = pruner.bank, pruner.schedule, pruner.cost
+    macs = bank.macs(cost)
+    dense = sum(parameter.numel() for parameter in pruner.denoiser.parameters())
+    rows = []
+    for stage, (level, _) in zip(schedule.stages, bank.bind(schedule), strict=True):
+        rows.append(
+            StageRow(
+                high=stage.high,
+                low=stage.low,
+                level=level,
+                requested=stage.sparsity,
+                realised=realised_sparsity(dict(bank.kept), cost, level),
+                heads=_kept(bank, level, "head"),
+                neurons=_kept(bank, level, "neuron"),
+                macs=macs[bank.sparsities[level]],
+                parameters=dense - _removed_parameters(pruner.denoiser, bank, level),
+            )
+        )
+    extra = resident_bytes(pruner.denoiser, added_only=True)
+    return StageSummary(
+        stages=tuple(rows),
+        dense_macs=cost.dense,
+        dense_parameters=dense,
+        dense_bytes=resident_bytes(pruner.denoiser) - extra,
+        extra_bytes=extra,
+        executed=executed_cost(schedule, taus, macs) if taus is not None else None,
+        steps=steps,
+    )
+
+
+def resident_bytes(denoiser: nn.Module, added_only: bool = False) -> int:
+    """Bytes of the tensors that a denoiser really holds on its device, each storage counted once.
+
+    Args:
+        denoiser: any module.
+        added_only: count only what stage pruning added.
+    """
+    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in tensors
+        if not added_only or name.rpartition(".")[2].startswith("stage_")
+    }
+    return sum(storages.values())
+
+
+def _kept(bank: Bank, level: int, kind: str) -> str:
+    """`kept/size` of a kind of unit, summed over its groups."""
+    groups = [group for group in bank.groups if group.kind == kind]
+    return f"{sum(bank.kept[g.name][level] for g in groups)}/{sum(g.size for g in groups)}"
+
+
+def _removed_parameters(denoiser: nn.Module, bank: Bank, level: int) -> int:
+    """Parameters that a level does not use."""
+    removed = 0
+    for group in bank.groups:
+        channels = (group.size - bank.kept[group.name][level]) * group.width
+        for producer in group.producers:
+            linear = linear_at(denoiser, producer.path)
+            removed += channels * producer.blocks * (linear.in_features + (linear.bias is not None))
+        removed += sum(channels * linear_at(denoiser, consumer.path).out_features for consumer in group.consumers)
+    return removed
