@@ -63,6 +63,9 @@ class Host(Protocol):
     def taus(self, steps: int) -> list[float]:
         """Noise level of each denoiser call that the sampler makes for `steps`, in order."""
 
+    def default_prompts(self) -> list[Prompt]:
+        """Prompts to use when the user gives none."""
+
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts once. ValueError names the first prompt that the model cannot take."""
 

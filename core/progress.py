@@ -1,4 +1,6 @@
-"""Progress bars with the remaining time, on standard error; quiet where there is no terminal or `STAGEPRUNE_QUIET=1`."""
+"""Progress bars with the remaining time, on standard error; quiet where there is no terminal or
+`STAGEPRUNE_QUIET=1`.
+"""
 
 from __future__ import annotations
 

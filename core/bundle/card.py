@@ -27,7 +27,8 @@ def model_card(bank: Bank, schedule: StageSchedule | None, manifest: Manifest) -
         "---",
         f"# Stage-pruned {manifest.base_model or bank.denoiser}",
         "",
-        f"Pruning levels for `{bank.denoiser}` (component `{bank.component}`), method `{bank.method}` ({how}). It holds no dense",
+        f"Pruning levels for `{bank.denoiser}` (component `{bank.component}`), method `{bank.method}` ({how}). It "
+        "holds no dense",
         "weights: load the base model first.",
         "",
         "```python",

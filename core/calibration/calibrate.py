@@ -48,8 +48,8 @@ def calibrate(
         alpha: weight of each step, `uniform` or `log-decrease`.
         seed: first seed.
         batch_size: prompts that run together.
-        checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes on
-            from there, to the identical result.
+        checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes
+            on from there, to the identical result.
 
     Raises:
         CalibrationError: no prompts, too few data for the Hessians' rank, or a checkpoint of another call.

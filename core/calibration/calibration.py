@@ -64,7 +64,8 @@ class Calibration:
                 where = "in one of its stages " if per_stage else ""
                 raise CalibrationError(
                     f"too few calibration data: `{path}` has {need} columns but saw only {have} inputs {where}"
-                    f"(tokens x steps x prompts). Use at least {need / max(have, 1):.0f} times as many prompts or steps."
+                    f"(tokens x steps x prompts). Use at least {need / max(have, 1):.0f} times as many prompts or "
+                    "steps."
                 )
 
     def save(self, path: str | Path) -> Path:

@@ -14,8 +14,8 @@ from ..groups.group import linear_at
 class HessianRecorder:
     """Sums H = sum of alpha x x^T per consumer and stage while the denoiser runs.
 
-    A constant 1 is appended to x, so that the last row and column hold the inputs' sums and the compensation can correct
-    the bias too. Sums are float32; the solver works in float64.
+    A constant 1 is appended to x, so that the last row and column hold the inputs' sums and the compensation can
+    correct the bias too. Sums are float32; the solver works in float64.
 
     Args:
         denoiser: the denoiser.

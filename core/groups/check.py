@@ -1,7 +1,7 @@
 """The slice == mask check: removing units physically must equal zeroing their columns at the consumer's input.
 
-Both sides are built here in the plainest way, apart from the run time that users see, so that the run time can be tested
-against them.
+Both sides are built here in the plainest way, apart from the run time that users see, so that the run time can be
+tested against them.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def check_slice_equals_mask(
         error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not error <= tolerance:
             raise GroupError(
-                f"group `{group.name}`: slicing and masking differ by {error:.2e} (allowed {tolerance:.0e}). Its family "
-                "misses a module or an attribute that depends on the number of units."
+                f"group `{group.name}`: slicing and masking differ by {error:.2e} (allowed {tolerance:.0e}). Its "
+                "family misses a module or an attribute that depends on the number of units."
             )
         results.append(GroupCheck(group.name, len(keep), group.size, error))
     return results
@@ -142,4 +142,5 @@ def _replace(stack: ExitStack, module: nn.Module, rows: Tensor | None = None, co
 
 def _output(denoiser: nn.Module, inputs: dict[str, Any]) -> Tensor:
     result = denoiser(**inputs, return_dict=False)
-    return result[0] if isinstance(result, tuple) else result
+    output: Tensor = result[0]
+    return output

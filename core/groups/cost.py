@@ -1,7 +1,7 @@
 """What a denoiser costs, in MACs (multiply-accumulates; half of what FLOP counters print) of one sample's forward.
 
-The total is counted by torch's own FlopCounterMode on the meta device, so it includes what cannot be pruned and needs no
-memory; the groups' share follows exactly from their shapes.
+The total is counted by torch's own FlopCounterMode on the meta device, so it includes what cannot be pruned and needs
+no memory; the groups' share follows exactly from their shapes.
 """
 
 from __future__ import annotations

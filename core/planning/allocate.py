@@ -204,8 +204,8 @@ def uniform_level(bank: Bank, macs: Mapping[float, int], target: Target) -> floa
     if not affordable:
         least = min(macs.values()) / macs[0.0]
         raise AllocationError(
-            f"`target` {target.value:g} cannot be met: the bank's highest level still executes {least:.3f} of the dense "
-            "MACs. Prune with higher `levels`, or ask for less."
+            f"`target` {target.value:g} cannot be met: the bank's highest level still executes {least:.3f} of the "
+            "dense MACs. Prune with higher `levels`, or ask for less."
         )
     return min(affordable)
 

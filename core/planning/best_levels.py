@@ -11,8 +11,9 @@ def best_levels(
 ) -> list[tuple[int, ...]]:
     """The `count` choices of least total error whose total cost stays within `budget`, best first.
 
-    Costs are whole numbers and nothing is discretised, so the result is exact: a partial choice is dropped only if `count`
-    others are at least as cheap and as good. With all stages cheap to enumerate this equals brute force (a test says so).
+    Costs are whole numbers and nothing is discretised, so the result is exact: a partial choice is dropped only if
+    `count` others are at least as cheap and as good. With all stages cheap to enumerate this equals brute force (a
+    test says so).
 
     Args:
         costs: per stage, the cost of each level.
@@ -21,8 +22,8 @@ def best_levels(
         count: how many choices to return; fewer if fewer fit.
     """
     cheapest_rest = [0]
-    for stage in reversed(costs):
-        cheapest_rest.append(cheapest_rest[-1] + min(stage))
+    for row in reversed(costs):
+        cheapest_rest.append(cheapest_rest[-1] + min(row))
     cheapest_rest.reverse()
     labels: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for stage, (stage_costs, stage_errors) in enumerate(zip(costs, errors, strict=True)):

@@ -1,4 +1,6 @@
-"""The bank: orders, kept counts per level and compensated consumers; all that the run time needs beside the dense model."""
+"""The bank: orders, kept counts per level and compensated consumers; all that the run time needs beside the dense
+model.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class Bank:
         kept: group name -> kept units per level.
         orders: group name -> units, most important first: shape (size,), or (stages, size) for an order per stage.
         consumers: consumer weights and biases of levels 1 and up.
-        edges: stage boundaries in tau from 1 to 0 that per-stage orders or consumers belong to; (1, 0) if all is shared.
+        edges: stage boundaries in tau from 1 to 0 that per-stage orders or consumers belong to; (1, 0) if all is
+            shared.
         method: what made it.
         fingerprint: of the dense denoiser.
         consumer_shapes: consumer path -> (out, in) features of the dense Linear.
@@ -97,15 +100,18 @@ class Bank:
         raise ScheduleError(f"the bank has no level of sparsity {sparsity:g}; its levels are {have}.")
 
     def bind(self, schedule: StageSchedule) -> list[tuple[int, int]]:
-        """(level, bank stage) of each stage of `schedule`. ScheduleError if a stage straddles two of the bank's stages."""
+        """(level, bank stage) of each stage of `schedule`. ScheduleError if a stage straddles two of the bank's
+        stages.
+        """
         bound = []
         for index, stage in enumerate(schedule.stages):
             inside = [i for i in range(self.stages) if self.edges[i + 1] <= stage.low and stage.high <= self.edges[i]]
             if not inside:
                 raise ScheduleError(
-                    f"stage {index} (tau {stage.high:g} to {stage.low:g}) crosses a boundary of the bank, whose orders or "
-                    f"consumers are made for the stages {', '.join(f'{edge:g}' for edge in self.edges)}. Split the stage "
-                    "there, or prune with shared orders and consumers."
+                    f"stage {index} (tau {stage.high:g} to {stage.low:g}) crosses a boundary of the bank, whose "
+                    "orders or "
+                    f"consumers are made for the stages {', '.join(f'{edge:g}' for edge in self.edges)}. Split the "
+                    "stage there, or prune with shared orders and consumers."
                 )
             bound.append((self.level_of(stage.sparsity), inside[0]))
         return bound

@@ -27,8 +27,8 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
 def damp(hessian: Tensor, damping: float) -> Tensor:
     """Add `damping` x the mean of the diagonal to the diagonal, in float64.
 
-    The constant-1 input (last column) is left alone: it is never pruned, and damping it would shrink the bias correction.
-    The damping is raised tenfold, up to three times, if the result is not positive definite.
+    The constant-1 input (last column) is left alone: it is never pruned, and damping it would shrink the bias
+    correction. The damping is raised tenfold, up to three times, if the result is not positive definite.
 
     Raises:
         CalibrationError: the matrix is not finite, or stays indefinite: the calibration data are too few or broken.
@@ -55,9 +55,9 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 def compensate(weight: Tensor, hessian: Tensor, columns: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Compensated consumers for every prefix of `columns`, from one Cholesky factor.
 
-    With the columns in their order and H = L L^T, the minimiser of tr((W - W_k) H (W - W_k)^T) over weights that use only
-    the first k columns is W_k = W H[:, :k] H[:k, :k]^-1 = (W L)[:, :k] L[:k, :k]^-1 (OBS, Hassibi & Stork 1993; the
-    factored form is this project's).
+    With the columns in their order and H = L L^T, the minimiser of tr((W - W_k) H (W - W_k)^T) over weights that use
+    only the first k columns is W_k = W H[:, :k] H[:k, :k]^-1 = (W L)[:, :k] L[:k, :k]^-1 (OBS, Hassibi & Stork 1993;
+    the factored form is this project's).
 
     Args:
         weight: (out, d + 1), the last column the bias (see `with_bias`).
@@ -81,7 +81,9 @@ def compensate(weight: Tensor, hessian: Tensor, columns: Tensor, counts: Sequenc
 
 
 def reconstruction_loss(weight: Tensor, hessian: Tensor, columns: Tensor, kept: tuple[Tensor, Tensor]) -> float:
-    """tr((W - W_k) H (W - W_k)^T) over tr(W H W^T): the share of the output's energy that is lost. Arguments as above."""
+    """tr((W - W_k) H (W - W_k)^T) over tr(W H W^T): the share of the output's energy that is lost. Arguments as
+    above.
+    """
     difference = weight.clone()
     difference[:, columns[: kept[0].shape[1]]] -= kept[0]
     difference[:, -1] -= kept[1]

@@ -27,8 +27,8 @@ def kept_counts(
 ) -> dict[str, tuple[int, ...]]:
     """Kept units of each group at each level.
 
-    Heads are rounded to the nearest count, at least one. Neurons, whose counts are fine, then take up what that rounding
-    left over, so that the level removes the asked share of the groups' MACs; they are rounded to `multiple`.
+    Heads are rounded to the nearest count, at least one. Neurons, whose counts are fine, then take up what that
+    rounding left over, so that the level removes the asked share of the groups' MACs; they are rounded to `multiple`.
 
     Args:
         groups: heads and neurons to prune (whole blocks are kept).

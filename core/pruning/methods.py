@@ -16,8 +16,8 @@ from .obs import Order, obs_order
 
 @dataclass(frozen=True)
 class ConsumerProblem:
-    """A consumer as a method sees it: its dense weight and bias, its damped Hessian (None for data-free methods), and the
-    columns of the group's units in it, shape (units, width).
+    """A consumer as a method sees it: its dense weight and bias, its damped Hessian (None for data-free methods), and
+    the columns of the group's units in it, shape (units, width).
     """
 
     weight: Tensor

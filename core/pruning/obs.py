@@ -1,7 +1,7 @@
 """Greedy structured Optimal Brain Surgeon: the order in which units are given up, least loss first.
 
-Legend (OBS-Diff, arXiv 2510.06751, section 3; group form as in MosaicDiff, arXiv 2510.11962): W (out, d) the consumer, u
-the columns of a unit, H the damped second moment of its inputs. Loss of a unit: tr(W_u ([H^-1]_uu)^-1 W_u^T).
+Legend (OBS-Diff, arXiv 2510.06751, section 3; group form as in MosaicDiff, arXiv 2510.11962): W (out, d) the consumer,
+u the columns of a unit, H the damped second moment of its inputs. Loss of a unit: tr(W_u ([H^-1]_uu)^-1 W_u^T).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Order:
 def obs_order(consumers: Sequence[tuple[Tensor, Tensor]], columns: Sequence[Tensor]) -> Order:
     """Remove one unit after the other, each time the one that costs least once the rest has made up for it.
 
-    The loss is exact for the group as a block (not the Cholesky diagonal of the reference code), the weights are updated
-    after every removal, and with several consumers (joint attention) their losses are summed, not their ranks.
+    The loss is exact for the group as a block (not the Cholesky diagonal of the reference code), the weights are
+    updated after every removal, and with several consumers (joint attention) their losses are summed, not their ranks.
 
     Args:
         consumers: (weight (out, d + 1), damped Hessian (d + 1, d + 1)) of each consumer; the last column is the bias's
@@ -66,7 +66,8 @@ class _State:
             return self.weight[:, column].square().sum(0) / self.inverse.diagonal()[column]
         blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]
         weights = self.weight[:, self.columns].movedim(0, -1)  # (units, width, out)
-        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(blocks, weights)
+        return (weights * solved).sum((1, 2))
 
     def remove(self, unit: int) -> None:
         """Give up a unit: the weights that stay take over what they can, and its rows leave the inverse."""

@@ -88,7 +88,7 @@ def prune(
         edges=calibration.edges if calibration is not None and "stage" in (order, consumers) else (1.0, 0.0),
         method=method,
         fingerprint=fingerprint_of(host.denoiser),
-        consumer_shapes={path: tuple(linear_at(host.denoiser, path).weight.shape) for path in sites},
+        consumer_shapes={path: _shape(linear_at(host.denoiser, path)) for path in sites},
         provenance={
             **{key: value for key, value in host.describe().items() if key in ("pipeline", "model")},
             "realised": [round(realised_sparsity(counts, cost, level), 6) for level in range(len(sparsities))],
@@ -184,13 +184,18 @@ class _Solver:
                 with_bias(linear.weight, linear.bias), hessian, columns.to(linear.weight.device), kept
             )
         else:
-            bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
-            solutions = [(linear.weight[:, columns[:count]], bias) for count in kept]
+            dense = linear.weight.detach()
+            shift = dense.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            solutions = [(dense[:, columns[:count]], shift) for count in kept]
         for level in range(1, levels):
             weight, bias = solutions[level]
             dtype = linear.weight.dtype
             ordered = weight[:, places[level].to(weight.device)].to(dtype).contiguous()
             yield ConsumerKey(path, level, stage or 0), Consumer(ordered, bias.to(dtype).clone())
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
 
 
 def _nested_columns(

@@ -1,8 +1,8 @@
 """Linears that run a level. The host's Linear stays where it is with its Parameters; only its class is swapped.
 
-`PrefixLinear` and `GatheredLinear` are producers (rows), `LevelLinear` is a consumer (columns). A switch sets integers; the
-forward reads them. All added tensors are non-persistent buffers: they follow `.to()` and `deepcopy` and stay out of
-`state_dict()`.
+`PrefixLinear` and `GatheredLinear` are producers (rows), `LevelLinear` is a consumer (columns). A switch sets
+integers; the forward reads them. All added tensors are non-persistent buffers: they follow `.to()` and `deepcopy` and
+stay out of `state_dict()`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,31 @@ class StagedLinear(nn.Linear):
     """What the three have in common: state dictionaries that show the dense weights, and a way back to nn.Linear."""
 
     stage_names: tuple[str, ...]  # what the swap added, so that restoring removes exactly that
+    stage_host: dict[str, Tensor]  # whole parameters in host memory while trimmed; not buffers, so `.to()` leaves them
 
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights as they were before the swap, by parameter name."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        weights = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        return weights | {name: whole.to(weights[name]) for name, whole in self.stage_host.items()}
+
+    def trim(self, kept: Mapping[str, Tensor]) -> None:
+        """Keep only these parts of the parameters on the device; the whole ones wait in host memory for `restore`."""
+        for name, part in kept.items():
+            parameter = getattr(self, name)
+            self.stage_host[name] = parameter.data.to("cpu")
+            parameter.data = part.detach().clone()
 
     def restore(self) -> None:
         """Become the nn.Linear again that this was, bit for bit."""
-        with torch.no_grad():
-            for name, dense in self.dense_weights().items():
-                getattr(self, name).copy_(dense.clone())
+        for name, dense in self.dense_weights().items():
+            parameter = getattr(self, name)
+            if name in self.stage_host:
+                parameter.data = dense.clone()
+            else:
+                parameter.data.copy_(dense.clone())
         for name in self.stage_names:
             delattr(self, name)
-        del self.stage_names
+        del self.stage_names, self.stage_host
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -59,6 +71,10 @@ class PrefixLinear(StagedLinear):
         bias = None if self.bias is None else self.bias[: self.stage_rows]
         return F.linear(input, self.weight[: self.stage_rows], bias)
 
+    def trim_rows(self, rows: int) -> None:
+        """Keep the first `rows` rows on the device: all that any stage of the schedule uses."""
+        self.trim({name: parameter[:rows] for name, parameter in self.named_parameters(recurse=False)})
+
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights with their rows back in the dense order."""
         back = self.stage_order.argsort()
@@ -66,7 +82,9 @@ class PrefixLinear(StagedLinear):
 
 
 class GatheredLinear(StagedLinear):
-    """A producer whose kept rows are copied into a buffer of its own when the stage changes (order per stage, packed rows)."""
+    """A producer whose kept rows are copied into a buffer of its own when the stage changes (order per stage, packed
+    rows).
+    """
 
     stage_rows: int
     stage_weight: Tensor
@@ -88,7 +106,9 @@ class GatheredLinear(StagedLinear):
 
 
 class LevelLinear(StagedLinear):
-    """A consumer with a weight and bias of its own for every variant (a level, or a level in a stage) but the dense one."""
+    """A consumer with a weight and bias of its own for every variant (a level, or a level in a stage) but the dense
+    one.
+    """
 
     stage_variant: int
     stage_order: Tensor | None
@@ -101,6 +121,10 @@ class LevelLinear(StagedLinear):
             return F.linear(input, self.weight, self.bias)
         weight: Tensor = getattr(self, self.stage_weights[self.stage_variant - 1])
         return F.linear(input, weight, getattr(self, self.stage_biases[self.stage_variant - 1]))
+
+    def trim_dense(self) -> None:
+        """Keep no dense weight on the device: every stage of the schedule has a variant of its own."""
+        self.trim({"weight": self.weight[:, :0]})
 
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights with their columns back in the dense order."""
@@ -118,6 +142,7 @@ def to_prefix(linear: nn.Linear, order: Tensor) -> PrefixLinear:
         parameter.copy_(parameter[order])
     linear.__class__ = PrefixLinear
     staged: PrefixLinear = linear  # type: ignore[assignment]
+    staged.stage_host = {}
     staged.register_buffer("stage_order", order, persistent=False)
     staged.stage_rows = linear.out_features
     staged.stage_names = ("stage_order", "stage_rows")
@@ -131,6 +156,7 @@ def to_gathered(linear: nn.Linear, most_rows: int) -> GatheredLinear:
     bias = None if linear.bias is None else linear.bias.new_empty(most_rows)
     linear.__class__ = GatheredLinear
     staged: GatheredLinear = linear  # type: ignore[assignment]
+    staged.stage_host = {}
     staged.register_buffer("stage_weight", weight, persistent=False)
     staged.register_buffer("stage_bias", bias, persistent=False)
     staged.stage_rows = linear.out_features
@@ -153,6 +179,7 @@ def to_levels(linear: nn.Linear, variants: Sequence[Consumer], order: Tensor | N
         weight.copy_(weight[:, order])
     linear.__class__ = LevelLinear
     staged: LevelLinear = linear  # type: ignore[assignment]
+    staged.stage_host = {}
     staged.stage_weights = tuple(f"stage_weight_{i + 1}" for i in range(len(variants)))
     staged.stage_biases = tuple(f"stage_bias_{i + 1}" for i in range(len(variants)))
     staged.register_buffer("stage_order", order, persistent=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..groups.group import kept_columns, linear_at
 from ..host import TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
-from .linear import GatheredLinear, StagedLinear, to_gathered, to_levels, to_prefix
+from .linear import GatheredLinear, LevelLinear, PrefixLinear, StagedLinear, to_gathered, to_levels, to_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class StagePruner:
         schedule: what runs where.
         read_tau: reads the noise level from a call.
         variants: what must be resident; the variants of `schedule` by default.
+        trim: move the dense weights that no stage of the schedule uses to host memory until the pruner is detached. By
+            default only on an accelerator: on the CPU it would save nothing.
 
     Raises:
         BankError, ScheduleError: bank or schedule do not fit. Nothing has been changed then.
@@ -60,6 +62,7 @@ class StagePruner:
         schedule: StageSchedule,
         read_tau: TauReader,
         variants: Sequence[Variant] | None = None,
+        trim: bool | None = None,
     ) -> None:
         bound = bank.bind(schedule)
         _check_state(denoiser, bank)
@@ -68,8 +71,13 @@ class StagePruner:
         self.bank = bank
         self.read_tau = read_tau
         self.cost = measure_cost(denoiser)
+        self.dense_bytes = resident_bytes(denoiser)
+        self.dense_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         self.switches = 0
-        self.variants = [DENSE, *sorted({self._variant(*v) for v in (variants or bound)} - {DENSE})]
+        wanted = {self._variant(*variant) for variant in (variants or bound)}
+        self.variants = [DENSE, *sorted(wanted - {DENSE})]
+        on_device = next(denoiser.parameters()).device.type != "cpu"
+        self.trimmed = DENSE not in wanted and (on_device if trim is None else trim)
         self._settings: list[_Setting] = []
         self._gathers: list[tuple[GatheredLinear, list[Tensor | None]]] = []
         self._staged: list[StagedLinear] = []
@@ -79,6 +87,8 @@ class StagePruner:
         try:
             self._attach()
             self.schedule = schedule
+            if self.trimmed:
+                self._trim()
         except BaseException:
             self._restore()
             raise
@@ -94,9 +104,10 @@ class StagePruner:
     @schedule.setter
     def schedule(self, schedule: StageSchedule) -> None:
         wanted = [self._variant(*variant) for variant in self.bank.bind(schedule)]
-        missing = [variant for variant in wanted if variant not in self.variants]
+        resident = self.variants[1:] if self.trimmed else self.variants
+        missing = [variant for variant in wanted if variant not in resident]
         if missing:
-            have = sorted({self.bank.sparsities[level] for level, _ in self.variants})
+            have = sorted({self.bank.sparsities[level] for level, _ in resident})
             raise StagePruneError(
                 f"level {missing[0][0]} of the schedule is not resident (resident sparsities: {have}). Disable stage "
                 "pruning and enable it with this schedule."
@@ -126,8 +137,9 @@ class StagePruner:
         shared = self.bank.order_sharing == "shared" and self.bank.consumer_sharing == "shared"
         return (level, 0 if shared or level == 0 else stage)
 
-    @torch.compiler.disable  # reads a Python float and sets integers; the denoiser's graph guards on those
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # Outside of any graph: it reads a Python float and sets integers that the blocks' graphs guard on.
         self.switch(self._schedule.stage_of(self.read_tau(args, kwargs)))
 
     def _set(self, variant: int) -> None:
@@ -154,6 +166,15 @@ class StagePruner:
             self._staged.append(staged)
             self._settings.append(_Setting(staged, "stage_variant", list(range(len(self.variants)))))
 
+    def _trim(self) -> None:
+        """Only from here on may the denoiser not be run dense, so the first stage is set at once."""
+        self.switch(0)
+        for setting in self._settings:
+            if isinstance(setting.module, PrefixLinear):
+                setting.module.trim_rows(max(setting.values[1:]))
+            elif isinstance(setting.module, LevelLinear):
+                setting.module.trim_dense()
+
     def _attach_group(self, group: Group) -> None:
         kept = [self.bank.kept[group.name][level] for level, _ in self.variants]
         for producer in group.producers:
@@ -163,8 +184,8 @@ class StagePruner:
                 order = group.rows(self.bank.order(group.name, 0), 1)
                 staged: StagedLinear = to_prefix(linear, order)
             else:
-                staged = to_gathered(linear, max(rows[1:], default=1))
-                self._gathers.append((cast(GatheredLinear, staged), self._rows_to_gather(group, producer.blocks, kept)))
+                staged = gathered = to_gathered(linear, max(rows[1:], default=1))
+                self._gathers.append((gathered, self._rows_to_gather(group, producer.blocks, kept)))
             self._staged.append(staged)
             self._settings.append(_Setting(staged, "stage_rows", rows))
         for attribute in group.attributes:
@@ -183,6 +204,22 @@ class StagePruner:
         for staged in self._staged:
             staged.restore()
         self._staged, self._settings, self._gathers = [], [], []
+
+
+def resident_bytes(denoiser: nn.Module, added_only: bool = False) -> int:
+    """Bytes of the tensors that a denoiser really holds on its device, each storage counted once.
+
+    Args:
+        denoiser: any module.
+        added_only: count only what stage pruning added.
+    """
+    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in tensors
+        if not added_only or name.rpartition(".")[2].startswith("stage_")
+    }
+    return sum(storages.values())
 
 
 def pruner_of(denoiser: nn.Module) -> StagePruner | None:
@@ -204,20 +241,24 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
     """Refuse states in which swapping Linears would be wrong or silently ignored, each with its remedy."""
     if pruner_of(denoiser) is not None:
         raise StagePruneError(
-            "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change levels only, "
+            "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change "
+            "levels only, "
             "disable and enable with the new schedule."
         )
-    paths = {p.path for group in bank.groups for p in (*group.producers, *group.consumers)}
+    paths = {part.path for group in bank.groups for part in group.producers}
+    paths |= {part.path for group in bank.groups for part in group.consumers}
     for path in sorted(paths):
         linear = linear_at(denoiser, path)
         if type(linear) is not nn.Linear:
             raise StagePruneError(
-                f"`{path}` is a {type(linear).__name__}, not a plain torch.nn.Linear. Fuse and unload LoRA, and load the "
+                f"`{path}` is a {type(linear).__name__}, not a plain torch.nn.Linear. Fuse and unload LoRA, and "
+                "load the "
                 "unquantised model, before enabling stage pruning."
             )
         if hasattr(linear, "_hf_hook"):
             raise StagePruneError(
-                f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, then offload."
+                f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, "
+                "then offload."
             )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..groups.group import linear_at
 from ..pruning import Bank, realised_sparsity
 from ..schedule import ExecutedCost, executed_cost
-from .pruner import StagePruner
+from .pruner import StagePruner, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class StageSummary:
         stages: a row a stage.
         dense_macs: MACs of a dense forward of one sample.
         dense_parameters: parameters of the dense denoiser.
-        dense_bytes: measured bytes of the denoiser's own parameters and buffers.
-        extra_bytes: measured bytes that stage pruning added (consumers of the levels, gather buffers, orders).
+        dense_bytes: measured bytes of the dense denoiser's parameters and buffers.
+        resident_bytes: measured bytes that the pruned denoiser holds on its device.
+        added_bytes: the part of those that stage pruning added (consumers of the levels, gather buffers, orders).
         executed: cost over a sampler's steps, if the summary was asked for some.
         steps: those steps.
     """
@@ -46,7 +47,8 @@ class StageSummary:
     dense_macs: int
     dense_parameters: int
     dense_bytes: int
-    extra_bytes: int
+    resident_bytes: int
+    added_bytes: int
     executed: ExecutedCost | None = None
     steps: int | None = None
 
@@ -55,15 +57,23 @@ class StageSummary:
         head = "  ".join(f"{name:>{width}}" for name, width in zip(names, (5, 13, 5, 6, 8, 9, 13, 8, 8), strict=True))
         lines = ["Stage pruning (noisiest stage first; MACs of one sample's forward)", head]
         for index, row in enumerate(self.stages):
-            lines.append(
-                f"{index:>5}  {row.high:>5.3f} - {row.low:<5.3f}  {row.level:>5}  {row.requested:>6.3f}  {row.realised:>8.3f}  "
-                f"{row.heads:>9}  {row.neurons:>13}  {row.macs / 1e9:>8.3f}  {row.parameters / 1e6:>8.2f}"
+            cells = (
+                f"{index:>5}",
+                f"{row.high:>5.3f} - {row.low:<5.3f}",
+                f"{row.level:>5}",
+                f"{row.requested:>6.3f}",
+                f"{row.realised:>8.3f}",
+                f"{row.heads:>9}",
+                f"{row.neurons:>13}",
+                f"{row.macs / 1e9:>8.3f}",
+                f"{row.parameters / 1e6:>8.2f}",
             )
+            lines.append("  ".join(cells))
         lines.append(f"dense: {self.dense_macs / 1e9:.3f} GMACs, {self.dense_parameters / 1e6:.2f} M parameters")
-        ratio = (self.dense_bytes + self.extra_bytes) / self.dense_bytes
         lines.append(
-            f"memory: dense weights {self.dense_bytes / 2**20:.1f} MiB + levels {self.extra_bytes / 2**20:.1f} MiB "
-            f"= {ratio:.2f} x dense"
+            f"memory: {self.resident_bytes / 2**20:.1f} MiB resident = {self.resident_bytes / self.dense_bytes:.2f} "
+            "x the "
+            f"dense {self.dense_bytes / 2**20:.1f} MiB (levels: {self.added_bytes / 2**20:.1f} MiB)"
         )
         if self.executed is not None:
             calls = " + ".join(str(count) for count in self.executed.calls)
@@ -83,7 +93,7 @@ def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: i
     """
     bank, schedule, cost = pruner.bank, pruner.schedule, pruner.cost
     macs = bank.macs(cost)
-    dense = sum(parameter.numel() for parameter in pruner.denoiser.parameters())
+    dense = pruner.dense_parameters
     rows = []
     for stage, (level, _) in zip(schedule.stages, bank.bind(schedule), strict=True):
         rows.append(
@@ -99,32 +109,16 @@ def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: i
                 parameters=dense - _removed_parameters(pruner.denoiser, bank, level),
             )
         )
-    extra = resident_bytes(pruner.denoiser, added_only=True)
     return StageSummary(
         stages=tuple(rows),
         dense_macs=cost.dense,
         dense_parameters=dense,
-        dense_bytes=resident_bytes(pruner.denoiser) - extra,
-        extra_bytes=extra,
+        dense_bytes=pruner.dense_bytes,
+        resident_bytes=resident_bytes(pruner.denoiser),
+        added_bytes=resident_bytes(pruner.denoiser, added_only=True),
         executed=executed_cost(schedule, taus, macs) if taus is not None else None,
         steps=steps,
     )
-
-
-def resident_bytes(denoiser: nn.Module, added_only: bool = False) -> int:
-    """Bytes of the tensors that a denoiser really holds on its device, each storage counted once.
-
-    Args:
-        denoiser: any module.
-        added_only: count only what stage pruning added.
-    """
-    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for name, tensor in tensors
-        if not added_only or name.rpartition(".")[2].startswith("stage_")
-    }
-    return sum(storages.values())
 
 
 def _kept(bank: Bank, level: int, kind: str) -> str:

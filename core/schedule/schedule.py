@@ -1,7 +1,7 @@
 """Stages of the denoising trajectory and the schedule they form.
 
-Stages live on tau, the noise level in [0, 1] (1 = pure noise), not on steps: the same schedule then serves any number of
-steps, any sampler, and image-to-image runs that begin in the middle.
+Stages live on tau, the noise level in [0, 1] (1 = pure noise), not on steps: the same schedule then serves any number
+of steps, any sampler, and image-to-image runs that begin in the middle.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""DiT (Peebles & Xie, 2023) as diffusers builds it: self-attention and a GELU feed-forward, adaLN-zero in each block."""
+"""DiT (Peebles & Xie, 2023) as diffusers builds it: self-attention and a GELU feed-forward, adaLN-zero in each
+block.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`pipe.enable_stage_pruning(...)`: plain functions on a pipeline or a denoiser, and the methods that delegate to them."""
+"""`pipe.enable_stage_pruning(...)`: plain functions on a pipeline or a denoiser, and the methods that delegate to
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedul
         The pruner, for those who want to look inside.
 
     Raises:
-        StagePruneError: already enabled, no bank known, or the denoiser cannot be pruned; nothing has been changed then.
+        StagePruneError: already enabled, no bank known, or the denoiser cannot be pruned; nothing has been changed
+            then.
 
     Example:
         >>> pipe.enable_stage_pruning("out/bundle")
@@ -43,7 +46,8 @@ def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedul
         bank, schedule = known_bank(denoiser), source
         if bank is None:
             raise StagePruneError(
-                "no bank is known for this denoiser, so a schedule alone cannot be enabled. Enable a bundle first, or make a "
+                "no bank is known for this denoiser, so a schedule alone cannot be enabled. Enable a bundle first, "
+                "or make a "
                 "bank with stageprune.prune."
             )
     else:
@@ -51,7 +55,8 @@ def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedul
         if bundle.schedule is None:
             remember_bank(denoiser, bundle.bank)
             raise ScheduleError(
-                "the bundle has no schedule. Make one with stageprune.allocate, or enable a StageSchedule: its bank is known now."
+                "the bundle has no schedule. Make one with stageprune.allocate, or enable a StageSchedule: its "
+                "bank is known now."
             )
         bank, schedule = bundle.bank, bundle.schedule
     train_timesteps = 1000 if isinstance(target, nn.Module) else target.scheduler.config.num_train_timesteps

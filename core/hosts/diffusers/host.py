@@ -61,6 +61,10 @@ class DiffusersHost:
         reader = self._reader
         return [reader((), {reader.argument: timestep}) for timestep in scheduler.timesteps]
 
+    def default_prompts(self) -> list[Prompt]:
+        """Prompts to use when the user gives none."""
+        return self.adapter.default_prompts(self.pipe)
+
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts or class labels."""
         return self.adapter.encode(self.pipe, prompts)
@@ -70,7 +74,9 @@ class DiffusersHost:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), *self.adapter.latent_shape(self.pipe))
         dtype = next(self._denoiser.parameters()).dtype
-        return randn_tensor(shape, generator=generators, device=self.pipe._execution_device, dtype=dtype)
+        device = self.pipe._execution_device
+        noise: Tensor = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+        return noise
 
     def start(self, noise: Tensor, steps: int) -> SamplerState:
         """A fresh copy of the pipeline's scheduler, set to `steps`."""

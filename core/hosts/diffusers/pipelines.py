@@ -1,7 +1,7 @@
 """What differs between pipelines: how prompts are encoded, the denoiser is called with guidance, and latents decoded.
 
-Each adapter makes exactly the calls that its pipeline makes, so that trajectories are bit-equal to `pipe(...)`; a test holds
-every adapter to that. Add a pipeline by adding a class and decorating it.
+Each adapter makes exactly the calls that its pipeline makes, so that trajectories are bit-equal to `pipe(...)`; a test
+holds every adapter to that. Add a pipeline by adding a class and decorating it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ class PipelineAdapter(Protocol):
 
     def encode(self, pipe: Any, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts on the pipeline's device."""
+
+    def default_prompts(self, pipe: Any) -> list[Prompt]:
+        """Prompts to calibrate on when the user gives none."""
+
+    def call_arguments(self, pipe: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """How the pipeline's own `__call__` takes prompts."""
 
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         """Shape of one sample's latents."""
@@ -54,8 +60,9 @@ def adapter_for(pipe: Any) -> PipelineAdapter:
     for cls in type(pipe).__mro__:
         if cls.__name__ in _ADAPTERS:
             return _ADAPTERS[cls.__name__]
+    known = ", ".join(sorted(_ADAPTERS))
     raise StagePruneError(
-        f"{type(pipe).__name__} cannot be calibrated or evaluated yet; supported pipelines: {', '.join(sorted(_ADAPTERS))}. "
+        f"{type(pipe).__name__} cannot be calibrated or evaluated yet; supported pipelines: {known}. "
         "Enabling an existing bundle needs only a supported denoiser."
     )
 
@@ -85,6 +92,14 @@ class DiTAdapter:
             labels.append(label)
         return Conditions({"class_labels": torch.tensor(labels, device=pipe._execution_device)})
 
+    def default_prompts(self, pipe: Any) -> list[Prompt]:
+        """All classes that the pipeline has names for, or all that its tables hold."""
+        return sorted(set(pipe.labels.values())) or list(range(pipe.transformer.config.num_embeds_ada_norm))
+
+    def call_arguments(self, pipe: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Class labels as a list."""
+        return {"class_labels": self.encode(pipe, prompts).tensors["class_labels"].tolist()}
+
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         """Channels and side of the latents."""
         config = pipe.transformer.config
@@ -110,4 +125,5 @@ class DiTAdapter:
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
         """Decode with the pipeline's VAE."""
         images = pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents).sample
-        return (images / 2 + 0.5).clamp(0, 1)
+        shown: Tensor = (images / 2 + 0.5).clamp(0, 1)
+        return shown

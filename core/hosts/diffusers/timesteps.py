@@ -28,7 +28,8 @@ class Convention:
     reversed: bool = False
 
 
-# Per denoiser class; what is not listed follows the first convention. Measured on real pipelines (tests/test_timesteps.py).
+# Per denoiser class; what is not listed follows the first convention. Measured on real pipelines
+# (tests/test_timesteps.py).
 CONVENTIONS: dict[str, Convention] = {"DiTTransformer2DModel": Convention()}
 
 
@@ -36,8 +37,8 @@ CONVENTIONS: dict[str, Convention] = {"DiTTransformer2DModel": Convention()}
 class TimestepReader:
     """Reads tau from the arguments of a denoiser call.
 
-    The largest value counts: image-conditioned models pass 0 for clean frames. On an accelerator this waits for the value
-    once a call; the denoiser's own kernels follow it anyway.
+    The largest value counts: image-conditioned models pass 0 for clean frames. On an accelerator this waits for the
+    value once a call; the denoiser's own kernels follow it anyway.
 
     Args:
         argument: name of the timestep argument.
@@ -75,7 +76,7 @@ def reader_for(denoiser: nn.Module, train_timesteps: int = 1000) -> TimestepRead
     parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
     if convention.argument not in parameters:
         raise StagePruneError(
-            f"{type(denoiser).__name__}.forward has no argument `{convention.argument}` (it has {', '.join(parameters)}); "
+            f"{type(denoiser).__name__}.forward has no argument `{convention.argument}` (it has {parameters}); "
             "register its convention in stageprune.core.hosts.diffusers.timesteps.CONVENTIONS."
         )
     scale = float(train_timesteps) if convention.scale == "train" else float(convention.scale)

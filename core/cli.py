@@ -1,0 +1,430 @@
+"""The `stageprune` command: every public function as a verb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from .errors import StagePruneError
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:
+    sys.exit("The stageprune command needs its extra: pip install 'stageprune[cli]'")
+
+console = Console(stderr=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Stage-wise structural pruning of diffusion models. The usual way: calibrate, prune, allocate, then generate "
+    "or evaluate with the bundle. `stageprune demo` does all of it on a small trained pipeline.",
+)
+
+Pipe = Annotated[str, typer.Argument(help="A diffusers pipeline: local folder or Hub id.", metavar="PIPE")]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", metavar="BUNDLE")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts or class labels, separated by commas, or @FILE with one a line. Default: the pipeline's classes."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: those of the calibration.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: that of the calibration.")]
+Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
+Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
+
+
+@app.callback()
+def setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the library logs.")] = False,
+) -> None:
+    """Set up logging for all verbs."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def calibrate(
+    pipe: Pipe,
+    out: Out = Path("out/calibration.safetensors"),
+    prompts: Prompts = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many prompts; a shorter list is repeated with new seeds.")
+    ] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 1.5,
+    stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
+    alpha: Annotated[str, typer.Option(help="Weight of the steps: uniform or log-decrease.")] = "uniform",
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    batch_size: Batch = 16,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Run the pipeline on prompts and accumulate what pruning needs to know. Interrupted? Run it again: it goes on."""
+    from .api import calibrate as run
+
+    pipeline = load_pipeline(pipe, device, dtype)
+    part = out.with_name(out.name + ".part")
+    chosen = repeat(read_prompts(prompts, pipeline), count)
+    result = run(
+        pipeline,
+        chosen,
+        steps=steps,
+        guidance=guidance,
+        stages=stages,
+        alpha=alpha,
+        seed=seed,
+        batch_size=batch_size,
+        checkpoint=part,
+    )
+    result.save(out)
+    part.unlink(missing_ok=True)
+    typer.echo(f"{result}\nsaved to {out}")
+
+
+@app.command()
+def prune(
+    pipe: Pipe,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `calibrate` wrote. Data-free methods need none.")
+    ] = None,
+    out: Out = Path("out/bank"),
+    method: Annotated[str, typer.Option(help="obs, magnitude or random.")] = "obs",
+    levels: Annotated[str, typer.Option(help="Sparsities of the levels.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7",
+    order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
+    consumers: Annotated[
+        str, typer.Option(help="Compensated consumers per level (shared) or per level and stage.")
+    ] = "shared",
+    multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
+    damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Make the bank of levels and save it as a bundle without a schedule (`allocate` adds one)."""
+    from .api import prune as run
+    from .bundle import Bundle
+    from .calibration import Calibration
+
+    loaded = Calibration.load(calibration) if calibration else None
+    bank = run(
+        load_pipeline(pipe, device, dtype),
+        loaded,
+        method=method,
+        levels=numbers(levels, "--levels"),
+        order=order,  # type: ignore[arg-type]  # checked by prune
+        consumers=consumers,  # type: ignore[arg-type]
+        multiple=multiple,
+        damping=damping,
+    )
+    Bundle(bank).save(out)
+    typer.echo(f"{bank}\nsaved to {out}")
+
+
+@app.command()
+def allocate(
+    pipe: Pipe,
+    bundle: BundleArgument,
+    out: Out = Path("out/bundle"),
+    target: Annotated[str, typer.Option(help="Budget: macs:0.67 is 0.67 of the executed dense MACs.")] = "macs:0.67",
+    strategy: Annotated[str, typer.Option(help="measured, uniform, or hand (with --levels).")] = "measured",
+    levels: Annotated[
+        str | None, typer.Option(help="With --strategy hand: sparsity of each stage, noisiest first.")
+    ] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Number of equal stages. Default: 5.")] = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: Batch = 32,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Choose a level for each stage under a budget and save the bundle with that schedule."""
+    from .api import allocate as run
+    from .bundle import Bundle
+    from .schedule import StageSchedule
+
+    bank = Bundle.load(bundle).bank
+    if strategy == "hand":
+        schedule = StageSchedule.from_levels(numbers(levels or "", "--levels"))
+        typer.echo(str(schedule))
+    else:
+        pipeline = load_pipeline(pipe, device, dtype)
+        allocation = run(
+            pipeline,
+            bank,
+            target=target,
+            strategy=strategy,
+            prompts=read_prompts(prompts, pipeline) if prompts else None,
+            steps=steps,
+            guidance=guidance,
+            stages=stages,
+            batch_size=batch_size,
+        )
+        schedule = allocation.schedule
+        out.parent.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"{allocation.table or ''}\n{allocation}".strip())
+    Bundle(bank, schedule).save(out)
+    typer.echo(f"saved to {out}")
+
+
+@app.command()
+def generate(
+    pipe: Pipe,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle; dense without.")] = None,
+    out: Out = Path("out/images"),
+    prompts: Prompts = None,
+    seed: Annotated[int, typer.Option(help="First seed; each prompt gets the next one.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 1.5,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Generate images, dense or pruned, with the same seeds either way."""
+    import torch
+
+    from .hosts.diffusers.attach import enable_stage_pruning, stage_pruning_summary
+
+    pipeline = load_pipeline(pipe, device, dtype)
+    chosen = read_prompts(prompts, pipeline)
+    if bundle is not None:
+        enable_stage_pruning(pipeline, bundle)
+        typer.echo(str(stage_pruning_summary(pipeline, steps)))
+    from .hosts.diffusers import DiffusersHost
+
+    host = DiffusersHost(pipeline)
+    inputs = host.adapter.call_arguments(pipeline, chosen)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(chosen))]
+    images = pipeline(**inputs, generator=generators, num_inference_steps=steps, guidance_scale=guidance).images
+    out.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        image.save(out / f"{index:03d}-seed{seed + index}.png")
+    typer.echo(f"{len(images)} images saved to {out}")
+
+
+@app.command()
+def evaluate(
+    pipe: Pipe,
+    bundle: BundleArgument,
+    out: Out = Path("out/report"),
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=2, help="Images per variant.")] = 64,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 20_000,
+    judge: Annotated[
+        Path | None, typer.Option(help="Folder of a judge. Default: `judge` in the pipeline's folder.")
+    ] = None,
+    batch_size: Batch = 32,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Compare the bundle with dense, uniform, magnitude and fewer steps; write an HTML and a JSON report."""
+    from .api import evaluate as run
+    from .bundle import Bundle
+
+    loaded = Bundle.load(bundle)
+    pipeline = load_pipeline(pipe, device, dtype)
+    report = run(
+        pipeline,
+        loaded,
+        prompts=read_prompts(prompts, pipeline) if prompts else None,
+        count=count,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        judge=judge or default_judge(pipe),
+        batch_size=batch_size,
+        command="stageprune " + " ".join(sys.argv[1:]),
+    )
+    page = report.save(out)
+    typer.echo(f"{report}\nreport: {page}")
+
+
+@app.command()
+def inspect(target: Annotated[str, typer.Argument(help="A bundle, a calibration, or a pipeline.")]) -> None:
+    """Show what a bundle or calibration holds, or the groups and cost of a pipeline's denoiser."""
+    from .bundle import MANIFEST, Bundle
+    from .calibration import Calibration
+
+    path = Path(target)
+    if (path / MANIFEST).exists():
+        bundle = Bundle.load(path)
+        typer.echo(str(bundle.bank))
+        typer.echo(str(bundle.schedule or "no schedule: `stageprune allocate` makes one"))
+        typer.echo("provenance: " + json.dumps(bundle.bank.provenance, indent=1, default=str)[:2000])
+    elif path.is_file():
+        typer.echo(str(Calibration.load(path)))
+    else:
+        _inspect_pipeline(load_pipeline(target, "cpu", "float32"))
+
+
+@app.command()
+def bench(
+    pipe: Annotated[str, typer.Argument(help="A pipeline, or `dit-xl` for DiT-XL/2-256 with random weights.")],
+    bundle: Annotated[Path | None, typer.Option(help="A bundle. Default: a random bank at --levels.")] = None,
+    levels: Annotated[str, typer.Option(help="Sparsities to time.")] = "0,0.2,0.3,0.5",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a forward.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds, each of which runs every level.")] = 5,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Time dense and pruned forwards, interleaved, beside the MAC-ideal; memory by level; cost of a switch."""
+    from .hosts.diffusers.fullsize import benchmark_target
+
+    result = benchmark_target(
+        pipe,
+        bundle,
+        levels=numbers(levels, "--levels"),
+        batch=batch,
+        rounds=rounds,
+        compile_blocks=compile_blocks,
+        load=lambda: load_pipeline(pipe, device, dtype),
+        device=pick_device(device),
+        dtype=pick_dtype(dtype),
+    )
+    if out is not None:
+        from .files import atomic_file
+
+        with atomic_file(out) as temporary:
+            temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", "utf-8")
+    typer.echo(str(result))
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help="Which demo pipeline.")] = "dit-digits",
+    out: Out = Path("out/demo"),
+    target: Annotated[str, typer.Option(help="Budget.")] = "macs:0.67",
+) -> None:
+    """The main job on a small trained pipeline: calibrate, prune, allocate, generate, report, bundle."""
+    from .demo import run_demo
+
+    run_demo(name, out, target, say=console.print)
+
+
+@app.command()
+def env() -> None:
+    """Versions and hardware, for bug reports."""
+    from .environment import describe_environment
+
+    for key, value in describe_environment().items():
+        typer.echo(f"{key:<16} {value}")
+
+
+def load_pipeline(name: str, device: str, dtype: str) -> Any:
+    """A diffusers pipeline on a device, its own progress bars off."""
+    from diffusers import DiffusionPipeline
+
+    path = Path(name)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise StagePruneError(f"{name} is no diffusers pipeline folder: it has no model_index.json.")
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise StagePruneError(f"{name}: no such folder, and not a Hub id (user/name).")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=pick_dtype(dtype))
+    except OSError as error:
+        raise StagePruneError(f"{name} could not be loaded: {error}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(pick_device(device))
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the accelerator if there is one."""
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name: str) -> Any:
+    """The torch dtype of that name."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise StagePruneError(f"--dtype must be float32, bfloat16 or float16, got {name!r}.")
+    return getattr(torch, name)
+
+
+def read_prompts(text: str | None, pipeline: Any) -> list[int | str]:
+    """Prompts from the command line, from a file, or the pipeline's own."""
+    from .hosts.diffusers import DiffusersHost
+
+    if text is None:
+        return DiffusersHost(pipeline).default_prompts()
+    if text.startswith("@"):
+        path = Path(text[1:])
+        if not path.is_file():
+            raise StagePruneError(f"--prompts {text}: no such file.")
+        parts = path.read_text("utf-8").splitlines()
+    else:
+        parts = text.split(",")
+    prompts: list[int | str] = [int(part) if part.isdigit() else part for part in map(str.strip, parts) if part]
+    if not prompts:
+        raise StagePruneError(f"--prompts {text!r} names no prompt.")
+    return prompts
+
+
+def repeat(prompts: list[int | str], count: int) -> list[int | str]:
+    """The prompts over and over, `count` in all."""
+    return [prompts[index % len(prompts)] for index in range(count)]
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise StagePruneError(f"{option} must be numbers separated by commas, got {text!r}.") from None
+
+
+def default_judge(pipe: str) -> Path | None:
+    """The judge that comes with a demo pipeline."""
+    folder = Path(pipe) / "judge"
+    return folder if folder.is_dir() else None
+
+
+def _inspect_pipeline(pipeline: Any) -> None:
+    from .groups import find_groups, measure_cost
+    from .hosts.diffusers import find_denoiser
+
+    name, denoiser = find_denoiser(pipeline)
+    cost = measure_cost(denoiser)
+    typer.echo(f"{name}: {type(denoiser).__name__}, {cost.dense / 1e9:.3f} GMACs a forward")
+    typer.echo(f"prunable: {cost.prunable / cost.dense:.1%} of the MACs")
+    for group in find_groups(denoiser):
+        typer.echo(str(group))
+
+
+def main() -> None:
+    """Entry point: errors of the library are shown as one message, without a traceback."""
+    try:
+        app(standalone_mode=False)
+    except StagePruneError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as request:
+        sys.exit(request.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("interrupted; the same command goes on from its checkpoint where it keeps one (calibrate)")
+        sys.exit(130)
+    except Exception as error:
+        # Usage errors of the command line know how to show themselves.
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

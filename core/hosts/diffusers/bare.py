@@ -1,0 +1,54 @@
+"""A denoiser without its pipeline as a `Host`: enough to prune without data, to benchmark, and to enable a bundle."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import diffusers
+import torch
+from torch import nn
+
+from ...errors import StagePruneError
+from ...groups import family_of
+from ...host import TauReader
+from .timesteps import reader_for
+
+
+class DenoiserHost:
+    """A bare denoiser. Whatever needs a sampler, prompts or a decoder is refused.
+
+    Args:
+        denoiser: a denoiser of a supported family.
+    """
+
+    component = "transformer"
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        family_of(denoiser)
+        self._denoiser = denoiser
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser."""
+        return self._denoiser
+
+    @property
+    def tau_reader(self) -> TauReader:
+        """Reader of the denoiser's timestep argument, for 1000 training timesteps."""
+        return reader_for(self._denoiser)
+
+    def describe(self) -> dict[str, Any]:
+        """Class and versions."""
+        return {
+            "pipeline": None,
+            "model": type(self._denoiser).__name__,
+            "component": self.component,
+            "versions": {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__},
+        }
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise StagePruneError(
+            f"a bare {type(self._denoiser).__name__} has no sampler, prompts or decoder: pass its pipeline instead."
+        )
+
+    taus = default_prompts = encode = noise = start = advance = decode = _refuse
