@@ -6,10 +6,11 @@
 >>> pipe.disable_stage_pruning()
 """
 
-from .core.api import allocate, calibrate, prune
+from .core.api import allocate, calibrate, evaluate, prune
 from .core.bundle import Bundle, load_bundle
 from .core.calibration import Calibration
 from .core.errors import StagePruneError
+from .core.evaluation import Judge, Report
 from .core.groups import check_slice_equals_mask, families, find_groups, register_family
 from .core.hosts.diffusers.attach import (
     attach,
@@ -32,6 +33,8 @@ __all__ = [
     "Bundle",
     "Calibration",
     "ErrorTable",
+    "Judge",
+    "Report",
     "Stage",
     "StagePruneError",
     "StageSchedule",
@@ -43,6 +46,7 @@ __all__ = [
     "detach",
     "disable_stage_pruning",
     "enable_stage_pruning",
+    "evaluate",
     "families",
     "find_groups",
     "is_stage_pruning_enabled",

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from . import calibration as _calibration
+from . import evaluation as _evaluation
 from . import planning as _planning
 from . import pruning as _pruning
+from .bundle import Bundle, load_bundle
 from .calibration import Calibration
 from .errors import StagePruneError
+from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost
+from .planning import ErrorTable
 from .pruning import DEFAULT_LEVELS, Bank
 from .pruning.bank import Sharing
 from .runtime import pruner_of, remember_bank
@@ -138,6 +142,7 @@ def allocate(
     stages: int | Sequence[float] | None = None,
     seed: int = 10_000,
     batch_size: int = 32,
+    table: ErrorTable | None = None,
 ) -> _planning.Allocation:
     """Choose a level for each stage under a budget of MACs over the steps that the sampler really runs.
 
@@ -152,6 +157,7 @@ def allocate(
         stages: number of equal stages or inner boundaries in tau; 5 by default, or the bank's own.
         seed: first probe seed.
         batch_size: probes that run together.
+        table: `Allocation.table` of an earlier call with the same bank, stages and steps.
 
     Returns:
         An `Allocation`: the schedule, its executed cost, the error table and the candidates that were tried.
@@ -174,4 +180,58 @@ def allocate(
         stages=stages,
         seed=seed,
         batch_size=batch_size,
+        table=table,
+    )
+
+
+def evaluate(
+    pipe: Any,
+    bundle: Bundle | str | Path,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    count: int = 64,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 20_000,
+    batch_size: int = 32,
+    judge: Judge | str | Path | None = None,
+    allocation: _planning.Allocation | None = None,
+    command: str | None = None,
+) -> _evaluation.Report:
+    """Compare a bundle's schedule with dense, uniform, magnitude and dense with fewer steps, all on the same seeds.
+
+    Args:
+        pipe: the pipeline that the bundle was made from.
+        bundle: a bundle with a schedule, or its folder or Hub id.
+        prompts: repeated up to `count`; those of the calibration by default.
+        count: images of each variant.
+        steps: sampling steps; those of the calibration by default.
+        guidance: guidance scale; that of the calibration by default.
+        seed: first seed.
+        batch_size: samples that run together; each batch is a round of timing.
+        judge: a classifier for class accuracy and Frechet distance, or its folder.
+        allocation: adds the error table, and how well it predicted, to the report.
+        command: what made the report, printed in it.
+
+    Returns:
+        A `Report`: `print(report)` shows the table, `report.save(folder)` writes HTML and JSON.
+
+    Raises:
+        StagePruneError: the bundle has no schedule, or is of another model; or the extra `report` is missing.
+
+    Example:
+        >>> stageprune.evaluate(pipe, "out/bundle", judge="demo/dit-digits/judge").save("out/report")
+    """
+    return _evaluation.evaluate(
+        host_for(pipe),
+        bundle if isinstance(bundle, Bundle) else load_bundle(bundle),
+        prompts=prompts,
+        count=count,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch_size,
+        judge=Judge.load(judge) if isinstance(judge, str | Path) else judge,
+        allocation=allocation,
+        command=command,
     )

@@ -69,7 +69,7 @@ def calibrate(
     """Run the pipeline on prompts and accumulate what pruning needs to know. Interrupted? Run it again: it goes on."""
     from .api import calibrate as run
 
-    pipeline = load_pipeline(pipe, device, dtype)
+    pipeline = _load(pipe, device, dtype)
     part = out.with_name(out.name + ".part")
     chosen = repeat(read_prompts(prompts, pipeline), count)
     result = run(
@@ -113,7 +113,7 @@ def prune(
 
     loaded = Calibration.load(calibration) if calibration else None
     bank = run(
-        load_pipeline(pipe, device, dtype),
+        _load(pipe, device, dtype),
         loaded,
         method=method,
         levels=numbers(levels, "--levels"),
@@ -154,7 +154,7 @@ def allocate(
         schedule = StageSchedule.from_levels(numbers(levels or "", "--levels"))
         typer.echo(str(schedule))
     else:
-        pipeline = load_pipeline(pipe, device, dtype)
+        pipeline = _load(pipe, device, dtype)
         allocation = run(
             pipeline,
             bank,
@@ -190,7 +190,7 @@ def generate(
 
     from .hosts.diffusers.attach import enable_stage_pruning, stage_pruning_summary
 
-    pipeline = load_pipeline(pipe, device, dtype)
+    pipeline = _load(pipe, device, dtype)
     chosen = read_prompts(prompts, pipeline)
     if bundle is not None:
         enable_stage_pruning(pipeline, bundle)
@@ -229,7 +229,7 @@ def evaluate(
     from .bundle import Bundle
 
     loaded = Bundle.load(bundle)
-    pipeline = load_pipeline(pipe, device, dtype)
+    pipeline = _load(pipe, device, dtype)
     report = run(
         pipeline,
         loaded,
@@ -261,14 +261,16 @@ def inspect(target: Annotated[str, typer.Argument(help="A bundle, a calibration,
     elif path.is_file():
         typer.echo(str(Calibration.load(path)))
     else:
-        _inspect_pipeline(load_pipeline(target, "cpu", "float32"))
+        _inspect_pipeline(_load(target, "cpu", "float32"))
 
 
 @app.command()
 def bench(
     pipe: Annotated[str, typer.Argument(help="A pipeline, or `dit-xl` for DiT-XL/2-256 with random weights.")],
-    bundle: Annotated[Path | None, typer.Option(help="A bundle. Default: a random bank at --levels.")] = None,
-    levels: Annotated[str, typer.Option(help="Sparsities to time.")] = "0,0.2,0.3,0.5",
+    bundle: Annotated[Path | None, typer.Option(help="A bundle. Default: a random bank.")] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Sparsities to time. Default: the bundle's, or 0,0.2,0.3,0.5.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a forward.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds, each of which runs every level.")] = 5,
     compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
@@ -276,19 +278,18 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Time dense and pruned forwards, interleaved, beside the MAC-ideal; memory by level; cost of a switch."""
-    from .hosts.diffusers.fullsize import benchmark_target
+    """Time dense and pruned forwards and images, interleaved, beside the MAC-ideal; memory; cost of a switch."""
+    from .bench import run_bench
 
-    result = benchmark_target(
+    result = run_bench(
         pipe,
         bundle,
-        levels=numbers(levels, "--levels"),
+        levels=numbers(levels, "--levels") if levels else None,
         batch=batch,
         rounds=rounds,
         compile_blocks=compile_blocks,
-        load=lambda: load_pipeline(pipe, device, dtype),
-        device=pick_device(device),
-        dtype=pick_dtype(dtype),
+        device=device,
+        dtype=dtype,
     )
     if out is not None:
         from .files import atomic_file
@@ -319,41 +320,10 @@ def env() -> None:
         typer.echo(f"{key:<16} {value}")
 
 
-def load_pipeline(name: str, device: str, dtype: str) -> Any:
-    """A diffusers pipeline on a device, its own progress bars off."""
-    from diffusers import DiffusionPipeline
+def _load(name: str, device: str, dtype: str) -> Any:
+    from .hosts.diffusers.load import load_pipeline
 
-    path = Path(name)
-    if path.exists() and not (path / "model_index.json").is_file():
-        raise StagePruneError(f"{name} is no diffusers pipeline folder: it has no model_index.json.")
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise StagePruneError(f"{name}: no such folder, and not a Hub id (user/name).")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=pick_dtype(dtype))
-    except OSError as error:
-        raise StagePruneError(f"{name} could not be loaded: {error}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(pick_device(device))
-
-
-def pick_device(name: str) -> str:
-    """`auto` is the accelerator if there is one."""
-    import torch
-
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(name: str) -> Any:
-    """The torch dtype of that name."""
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise StagePruneError(f"--dtype must be float32, bfloat16 or float16, got {name!r}.")
-    return getattr(torch, name)
+    return load_pipeline(name, device, dtype)
 
 
 def read_prompts(text: str | None, pipeline: Any) -> list[int | str]:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .api import allocate, calibrate, evaluate, prune
 from .bundle import Bundle
 from .errors import StagePruneError
+from .hosts.diffusers.load import load_pipeline
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 
@@ -47,12 +50,8 @@ def run_demo(name: str, out: Path, target: str = "macs:0.67", say: Callable[[str
     if name not in RECIPES or not (folder / "model_index.json").is_file():
         raise StagePruneError(f"no demo pipeline {name!r} in {DEMO_FOLDER}; there are {', '.join(RECIPES)}.")
     recipe = RECIPES[name]
-    import torch  # noqa: PLC0415
-    from diffusers import DiffusionPipeline  # noqa: PLC0415
-
     started = time.perf_counter()
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(folder, "cpu")
     say(f"loaded {folder.name}: {type(pipe).__name__}, {torch.get_num_threads()} threads")
     prompts = [recipe.prompts[i % len(recipe.prompts)] for i in range(recipe.calibration_prompts)]
     calibration = calibrate(

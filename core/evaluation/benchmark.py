@@ -144,14 +144,15 @@ def benchmark(
 def timed(run: Callable[[], Any], denoiser: nn.Module) -> float:
     """Seconds that `run` takes, the device's queue emptied before and after."""
     device = next(denoiser.parameters()).device
-    _synchronise(device)
+    synchronise(device)
     started = time.perf_counter()
     run()
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - started
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queue, where it has one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

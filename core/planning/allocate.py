@@ -94,6 +94,7 @@ class Request:
         guidance: guidance scale.
         seed: first probe seed; held-out seeds follow the probes'.
         batch_size: probes that run together.
+        table: an error table of the same stages, levels and steps, if there is one already.
     """
 
     host: Host
@@ -105,6 +106,7 @@ class Request:
     guidance: float
     seed: int
     batch_size: int
+    table: ErrorTable | None = None
 
 
 Strategy = Callable[[Request, StagePruner], Allocation]
@@ -134,6 +136,7 @@ def allocate(
     stages: int | Sequence[float] | None = None,
     seed: int = 10_000,
     batch_size: int = 32,
+    table: ErrorTable | None = None,
 ) -> Allocation:
     """Choose a level for each stage under a budget of executed MACs.
 
@@ -149,6 +152,8 @@ def allocate(
         stages: number of equal stages (5, or fewer if the sampler has fewer steps), or inner boundaries in tau.
         seed: first probe seed; calibration seeds start at 0, so that the default never meets them.
         batch_size: probes that run together.
+        table: `Allocation.table` of an earlier call with the same bank, stages and steps, to save measuring it again
+            for another target.
 
     Raises:
         AllocationError: no level is cheap enough, or a stage is visited by no step.
@@ -161,7 +166,9 @@ def allocate(
         raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
     partition = _partition(stages, bank, steps)
     with applied(host, bank) as pruner:
-        request = Request(host, bank, Target.parse(target), partition, prompts, steps, guidance, seed, batch_size)
+        request = Request(
+            host, bank, Target.parse(target), partition, prompts, steps, guidance, seed, batch_size, table
+        )
         return STRATEGIES[strategy](request, pruner)
 
 
@@ -182,7 +189,7 @@ def measured(request: Request, pruner: StagePruner) -> Allocation:
     half = len(request.prompts) // 2
     taus, macs = request.host.taus(request.steps), request.bank.macs(pruner.cost)
     uniform_choice = uniform_level(request.bank, macs, request.target)
-    table = measure_error_table(_probes(request, pruner, 0, half), request.bank.sparsities, request.steps)
+    table = _table(request, pruner, half)
     choices = _choices(request, table, macs, taus)
     choices.setdefault("uniform", tuple([uniform_choice] * len(request.stages.stages)))
     held_out = _probes(request, pruner, half, len(request.prompts))
@@ -229,6 +236,18 @@ def _choices(
             if levels not in choices.values():
                 choices[f"{model} {rank + 1}"] = levels
     return choices
+
+
+def _table(request: Request, pruner: StagePruner, half: int) -> ErrorTable:
+    """The request's table if it fits, or a new one."""
+    if request.table is None:
+        probes = _probes(request, pruner, 0, half)
+        return measure_error_table(probes, request.bank.sparsities, request.steps)
+    wanted = (tuple(request.stages.edges), request.bank.sparsities, request.steps)
+    found = (request.table.edges, request.table.sparsities, request.table.steps)
+    if wanted != found:
+        raise AllocationError(f"`table` has (edges, levels, steps) {found}, this allocation needs {wanted}.")
+    return request.table
 
 
 def table_schedule(table: ErrorTable) -> StageSchedule:

@@ -107,7 +107,7 @@ def attach() -> None:
             existing = base.__dict__.get(function.__name__)
             if existing is None:
                 setattr(base, function.__name__, function)
-            elif existing is not function:
+            elif not _is_ours(existing):
                 logger.warning(
                     "%s.%s exists already; use stageprune.%s instead.",
                     base.__name__,
@@ -122,6 +122,11 @@ def detach() -> None:
         for function in METHODS:
             if base.__dict__.get(function.__name__) is function:
                 delattr(base, function.__name__)
+
+
+def _is_ours(function: Any) -> bool:
+    """Also true for a second copy of this library (installed, and cloned into ComfyUI)."""
+    return str(getattr(function, "__module__", "")).endswith("core.hosts.diffusers.attach")
 
 
 def _pipeline_bases() -> list[type]:

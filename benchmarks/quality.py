@@ -1,0 +1,176 @@
+"""The demo pipeline at several budgets and step counts: the measured schedule beside everything that costs the same.
+
+Prints the tables of docs/results.md and writes results/quality.json after every cell, from which it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import stageprune
+import torch
+from common import GUIDANCE, LEVELS, MULTIPLE, RESULTS, Demo, mean_and_spread, write_results
+from stageprune.core.evaluation.metrics import class_hits, frechet, mse
+from stageprune.core.pruning import Bank
+from stageprune.core.runtime import StagePruner, applied
+from stageprune.core.schedule import StageSchedule
+from torch import Tensor
+
+TARGETS = (0.8, 0.67, 0.5)
+STEPS = (20, 8, 4)
+REFERENCE_STEPS = 40
+FIRST_SEED = 100_000
+
+
+def main() -> None:
+    """Run all cells that are not done yet, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", type=int, default=5, help="seed sets")
+    parser.add_argument("--count", type=int, default=100, help="images a seed set")
+    parser.add_argument("--print", action="store_true", help="only print the tables of earlier results")
+    options = parser.parse_args()
+    path = RESULTS / "quality.json"
+    if options.print:
+        print(tables(json.loads(path.read_text())))
+        return
+    done = json.loads(path.read_text()) if path.exists() else {}
+    fresh = {"sets": options.sets, "count": options.count, "levels": list(LEVELS), "cells": {}}
+    same = all(done.get(key) == fresh[key] for key in ("sets", "count", "levels"))
+    data = done if same else fresh
+    Runner(Demo(), data).run()
+    print(tables(data))
+
+
+class Runner:
+    """Banks are made once; every cell (steps, target, variant, seed set) is sampled and measured once."""
+
+    def __init__(self, demo: Demo, data: dict[str, Any]) -> None:
+        self.demo, self.data = demo, data
+        calibration = stageprune.calibrate(demo.pipe, demo.labels(100), steps=20, guidance=GUIDANCE)
+        self.obs = stageprune.prune(demo.pipe, calibration, levels=LEVELS, multiple=MULTIPLE)
+        self.magnitude = stageprune.prune(demo.pipe, method="magnitude", levels=LEVELS, multiple=MULTIPLE)
+        self.references: dict[tuple[int, int], Tensor] = {}
+
+    def run(self) -> None:
+        """All steps and targets."""
+        for steps in STEPS:
+            self.cell(steps, 1.0, "dense", 1.0, steps, None, None)
+            table = None
+            for target in TARGETS:
+                uniform = stageprune.allocate(self.demo.pipe, self.obs, target=target, strategy="uniform", steps=steps)
+                share = uniform.executed.share
+                key = f"{steps}/{target}"
+                if key not in self.data.setdefault("allocations", {}):
+                    allocation = stageprune.allocate(
+                        self.demo.pipe, self.obs, target=share, steps=steps, prompts=self.demo.labels(60), table=table
+                    )
+                    table = allocation.table
+                    self.data["allocations"][key] = allocation.to_dict()
+                schedule = StageSchedule.from_dict(self.data["allocations"][key]["schedule"])
+                fewer = max(1, round(steps * share))
+                spent = self.data["allocations"][key]["macs_share"]
+                self.cell(steps, target, "measured", spent, steps, self.obs, schedule)
+                self.cell(steps, target, "uniform", share, steps, self.obs, uniform.schedule)
+                self.cell(steps, target, "magnitude", share, steps, self.magnitude, uniform.schedule)
+                self.cell(steps, target, "fewer steps", fewer / steps, fewer, None, None)
+
+    def cell(
+        self, steps: int, target: float, name: str, share: float, run: int, bank: Bank | None, schedule: Any
+    ) -> None:
+        """One variant over all seed sets."""
+        key = f"{steps}/{target}/{name}"
+        if key in self.data["cells"]:
+            return
+        sets = [self.measure(index, steps, run, bank, schedule) for index in range(self.data["sets"])]
+        pooled = torch.cat([features for _, features in sets])
+        rows = [metrics for metrics, _ in sets]
+        self.data["cells"][key] = {
+            "share": share,
+            "steps_run": run,
+            "schedule": schedule.levels if schedule is not None else None,
+            "sets": rows,
+            "frechet_pooled": frechet(self.demo.judge, pooled),
+            **{metric: mean_and_spread([row[metric] for row in rows]) for metric in rows[0]},
+        }
+        write_results("quality", self.data)
+        means = {metric: round(sum(row[metric] for row in rows) / len(rows), 5) for metric in rows[0]}
+        print(key, means, flush=True)
+
+    def measure(
+        self, index: int, steps: int, run: int, bank: Bank | None, schedule: StageSchedule | None
+    ) -> tuple[dict[str, float], Tensor]:
+        """One seed set: metrics, and the judge's features."""
+        demo, count = self.demo, self.data["count"]
+        seeds = list(range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count))
+        with pruned(demo, bank, schedule):
+            latents = demo.sample(seeds, run)
+        images = demo.images(latents)
+        dense, fine = self.reference(index, steps), self.reference(index, REFERENCE_STEPS)
+        with torch.no_grad():
+            features = demo.judge.features(images).double()
+        hits = class_hits(demo.judge, images, torch.tensor(demo.labels(count)))
+        metrics = {
+            "latent_mse": float(mse(latents, dense).mean()),
+            "image_mse": float(mse(images, demo.images(dense)).mean()),
+            "latent_mse_to_40_steps": float(mse(latents, fine).mean()),
+            "class_accuracy": float(hits.double().mean()),
+            "frechet": frechet(demo.judge, features),
+        }
+        return metrics, features
+
+    def reference(self, index: int, steps: int) -> Tensor:
+        """Dense latents of a seed set, sampled once."""
+        if (index, steps) not in self.references:
+            count = self.data["count"]
+            seeds = list(range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count))
+            self.references[index, steps] = self.demo.sample(seeds, steps)
+        return self.references[index, steps]
+
+
+@contextmanager
+def pruned(demo: Demo, bank: Bank | None, schedule: StageSchedule | None) -> Iterator[StagePruner | None]:
+    """Run the block with a schedule, or dense."""
+    if bank is None or schedule is None:
+        yield None
+        return
+    with applied(demo.host, bank) as pruner:
+        pruner.schedule = schedule
+        yield pruner
+
+
+def tables(data: dict[str, Any]) -> str:
+    """The results as Markdown, one table a step count."""
+    lines = []
+    cells = data["cells"]
+    for steps in STEPS:
+        lines += [
+            f"\n**{steps} steps** ({data['sets']} seed sets of {data['count']} images; mean ± deviation over sets)\n",
+            "| budget | variant | MACs run | MSE to dense | MSE to 40 steps | class accuracy | Frechet | pooled |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for key, cell in cells.items():
+            run, target, name = key.split("/")
+            if int(run) != steps:
+                continue
+            label = f"{name} ({cell['steps_run']})" if name == "fewer steps" else name
+            if cell["schedule"] and name == "measured":
+                label += " [" + ", ".join(f"{level:g}" for level in cell["schedule"]) + "]"
+            lines.append(
+                f"| {target} | {label} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
+                f"{show(cell['latent_mse_to_40_steps'])} | {show(cell['class_accuracy'], 3)} | "
+                f"{show(cell['frechet'], 2)} | {cell['frechet_pooled']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def show(value: dict[str, float], digits: int = 4) -> str:
+    """Mean ± spread."""
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""`evaluate`: how good a pruned pipeline is, beside dense, uniform, magnitude and fewer steps."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bundle import Bundle
+from ..errors import StagePruneError
+from ..host import Conditions, Host, Prompt
+from ..planning import Allocation
+from ..runtime import StagePruner, StageSummary, pruner_of, summarise
+from ..version import __version__
+from .benchmark import environment
+from .curve import error_curve
+from .extras import require_report_extra
+from .judge import Judge
+from .metrics import mse
+from .report import Report
+from .runs import Job, run_variants
+from .scores import Pictures, score
+from .variants import FEWER_STEPS, SCHEDULE, Variant, make_variants
+
+EQUAL_COST = 0.02
+"""Variants further than this from the schedule, in shares of the dense MACs, are noted."""
+
+WORST = 4
+"""Worst cases shown beside the grid."""
+
+
+@torch.no_grad()
+def evaluate(
+    host: Host,
+    bundle: Bundle,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    count: int = 64,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 20_000,
+    batch_size: int = 32,
+    judge: Judge | None = None,
+    grid: int = 8,
+    curve: bool = True,
+    allocation: Allocation | None = None,
+    command: str | None = None,
+) -> Report:
+    """Measure a bundle's schedule against the dense model and against its rivals at about the same cost.
+
+    All variants get the same prompts and seeds: `dense`, the bundle's `schedule`, `uniform` (the level of the same bank
+    whose MACs are nearest), `magnitude` (pruned by magnitude at that level) and `fewer steps` (dense). They run in
+    turn, batch by batch, and their times are compared within each round.
+
+    Args:
+        host: the pipeline, dense; it is left as it was, bit for bit.
+        bundle: the bank and the schedule to judge.
+        prompts: repeated up to `count`; those of the calibration, or else the host's own, by default.
+        count: samples of each variant, at least 2.
+        steps: sampling steps; those of the calibration by default, or 25.
+        guidance: guidance scale; that of the calibration by default, or 1.5.
+        seed: first seed; calibration and allocation use lower ones, so that the default never meets them.
+        batch_size: samples that run together; each batch is a round of timing.
+        judge: gives class accuracy and Fréchet distance; without it the report has paired metrics only. It is put in
+            evaluation mode.
+        grid: columns of the picture grid.
+        curve: also run every level, and dense with fewer steps, on 16 samples.
+        allocation: adds the error table and the predictions that chose the schedule.
+        command: what made the report, to be printed in it.
+
+    Raises:
+        StagePruneError: no schedule, no pruned level, a bundle of another model, a prompt that the model or the judge
+            does not know, or the extra `report` is missing. Nothing has been sampled then.
+
+    Example:
+        >>> report = evaluate(DiffusersHost(pipe), bundle, count=64, judge=load_judge("demo/dit-digits"))
+        >>> print(report)
+        >>> report.save("out/report")
+    """
+    require_report_extra()
+    made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
+    steps = steps if steps is not None else made.get("steps", 25)
+    guidance = guidance if guidance is not None else made.get("guidance", 1.5)
+    _check(host, bundle, count, batch_size, steps)
+    prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    conditions = host.encode(prompts)
+    class_ids = _class_ids(conditions, judge)
+    summary = _summary(host, bundle, steps)
+    job = Job(host, conditions, range(seed, seed + count), guidance, batch_size)
+    variants = make_variants(host, bundle, steps)
+
+    runs = run_variants(job, variants)
+    shown, worst = list(range(min(grid, count))), _worst(runs[1].latents, runs[0].latents)
+    if judge is not None:
+        judge.eval()
+    rows, images = score(job, runs, judge, class_ids, [*shown, *worst])
+    labels = [_label(prompt, number) for prompt, number in zip(prompts, job.seeds, strict=True)]
+    return Report(
+        rows=tuple(rows),
+        schedule=bundle.schedule,  # type: ignore[arg-type]  # checked above
+        summary=summary,
+        taus=tuple(host.taus(steps)),
+        environment=_environment(job, bundle, steps, judge),
+        notes=tuple(_notes(variants, judge, class_ids, count)),
+        grid=_pictures(variants, labels, images, shown),
+        worst=_pictures(variants, labels, images, worst),
+        curve=error_curve(job, bundle, runs) if curve else (),
+        allocation=allocation,
+        command=command,
+    )
+
+
+def _check(host: Host, bundle: Bundle, count: int, batch_size: int, steps: int) -> None:
+    if bundle.schedule is None:
+        raise StagePruneError(
+            "the bundle has no schedule, so there is nothing to evaluate. Make one with stageprune.allocate and pass "
+            "Bundle(bank, schedule)."
+        )
+    if len(bundle.bank.sparsities) < 2:
+        raise StagePruneError("the bank has no level but dense, so there is nothing to evaluate.")
+    for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1), ("steps", steps, 1)):
+        if value < least:
+            raise StagePruneError(f"`{name}` must be at least {least}, got {value}.")
+    if pruner_of(host.denoiser) is not None:
+        raise StagePruneError("stage pruning is enabled on this pipeline; call disable_stage_pruning() first.")
+    bundle.bank.check_denoiser(host.denoiser)
+
+
+def _class_ids(conditions: Conditions, judge: Judge | None) -> Tensor | None:
+    """The classes asked for, shape (samples,), if the prompts are classes. All must be known to the judge."""
+    class_ids = conditions.tensors.get("class_labels")
+    if class_ids is None or judge is None:
+        return None
+    unknown = sorted(set(class_ids.tolist()) - set(judge.labels))
+    if unknown:
+        raise StagePruneError(
+            f"the judge does not know class {unknown[0]}; it knows {judge.labels}. Give `prompts` of these classes, or "
+            "no judge."
+        )
+    return class_ids.cpu()
+
+
+def _summary(host: Host, bundle: Bundle, steps: int) -> StageSummary:
+    """Sparsity and memory as enabling this bundle gives them: the schedule's own levels only."""
+    assert bundle.schedule is not None
+    pruner = StagePruner(host.denoiser, bundle.bank, bundle.schedule, host.tau_reader)
+    try:
+        return summarise(pruner, host.taus(steps), steps)
+    finally:
+        pruner.detach()
+
+
+def _worst(latents: Tensor, dense: Tensor) -> list[int]:
+    """The samples on which the schedule differs most from dense, worst first."""
+    order = mse(latents, dense).argsort(descending=True)
+    return [int(index) for index in order[:WORST]]
+
+
+def _label(prompt: Prompt, seed: int) -> str:
+    """Two lines that fit over a picture."""
+    return f"{textwrap.shorten(str(prompt), 14, placeholder='…')}\nseed {seed}"
+
+
+def _pictures(
+    variants: Sequence[Variant], labels: Sequence[str], images: Mapping[int, Tensor], samples: Sequence[int]
+) -> Pictures:
+    stacked = torch.stack([images[i] for i in samples], 1) if samples else torch.zeros(len(variants), 0, 3, 1, 1)
+    return Pictures(tuple(variant.description for variant in variants), tuple(labels[i] for i in samples), stacked)
+
+
+def _environment(job: Job, bundle: Bundle, steps: int, judge: Judge | None) -> dict[str, Any]:
+    described = job.host.describe()
+    facts = {key: described[key] for key in ("model", "pipeline", "component", "scheduler") if described.get(key)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts |= {
+        "samples": len(job.seeds),
+        "seeds": f"{job.seeds[0]} to {job.seeds[-1]}",
+        "steps": steps,
+        "guidance": job.guidance,
+        "batch size": job.batch_size,
+        "timing rounds": len(job.batches),
+        "bank": f"method {bundle.bank.method}, levels {', '.join(f'{value:g}' for value in bundle.bank.sparsities)}",
+    }
+    if judge is not None:
+        facts["judge"] = f"{_percent(judge.held_out_accuracy)} of {judge.held_out_images} held-out real images right"
+        facts["judge's reference"] = f"{judge.reference_images} real images"
+    machine = {**environment(job.host.denoiser), "cores": cores}
+    return {**facts, **machine, **described.get("versions", {}), "stageprune": __version__}
+
+
+def _percent(value: float | None) -> str:
+    return "an unknown share" if value is None else f"{value:.1%}"
+
+
+def _notes(variants: Sequence[Variant], judge: Judge | None, class_ids: Tensor | None, count: int) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    notes = []
+    if judge is None:
+        notes.append("No judge was given, so class accuracy and Fréchet distance were not measured.")
+    else:
+        if class_ids is None:
+            notes.append("The prompts are not class labels, so class accuracy was not measured.")
+        else:
+            notes.append(f"One image is {1 / count:.1%} of class accuracy.")
+        notes.append(f"{count} samples overstate a Fréchet distance: compare the rows with each other only.")
+    schedule = next(variant for variant in variants if variant.name == SCHEDULE)
+    unequal = [variant for variant in variants[2:] if abs(variant.macs_share - schedule.macs_share) > EQUAL_COST]
+    if unequal:
+        costs = ", ".join(f"{variant.description}: {variant.macs_share:.3f}" for variant in unequal)
+        notes.append(f"Not at the schedule's cost of {schedule.macs_share:.3f} of the dense MACs: {costs}.")
+    if schedule.schedule is not None and len(set(schedule.schedule.levels)) == 1:
+        notes.append("The schedule runs one level everywhere, so `uniform` repeats it.")
+    if all(variant.name != FEWER_STEPS for variant in variants):
+        notes.append("The run has one step, so there is no variant with fewer.")
+    return notes

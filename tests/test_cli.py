@@ -1,0 +1,146 @@
+"""The command, verb by verb, as a user types it: on a saved tiny pipeline, in this process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from stageprune.core import cli
+from stageprune.core.bundle import Bundle
+from stageprune.core.calibration import Calibration
+from support import make_pipe
+
+VERBS = ("calibrate", "prune", "allocate", "generate", "evaluate", "inspect", "bench", "demo", "env")
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `stageprune ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["stageprune", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as request:
+        code = int(request.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    make_pipe().save_pretrained(path / "pipe")
+    return path
+
+
+def test_the_whole_way(folder, monkeypatch, capsys):
+    pipe, common = folder / "pipe", ("--device", "cpu")
+    code, out, _ = run(
+        monkeypatch, capsys, "calibrate", pipe, "-o", folder / "cal.safetensors", "--prompts", "1,2,3", "--count", 24,
+        "--steps", 5, *common,
+    )  # fmt: skip
+    assert code == 0 and "24 prompts" in out
+    assert Calibration.load(folder / "cal.safetensors").provenance["prompts"] == [1, 2, 3] * 8
+    assert not (folder / "cal.safetensors.part").exists()
+
+    code, out, _ = run(
+        monkeypatch, capsys, "prune", pipe, "--calibration", folder / "cal.safetensors", "-o", folder / "bank",
+        "--levels", "0,0.2,0.5,0.7", "--multiple", 16, *common,
+    )  # fmt: skip
+    assert code == 0 and "level 3" in out
+    assert Bundle.load(folder / "bank").schedule is None
+
+    code, out, _ = run(
+        monkeypatch, capsys, "allocate", pipe, folder / "bank", "-o", folder / "bundle", "--target", "0.6", *common
+    )
+    assert code == 0 and "held-out" in out and "Error table" in out
+    assert len(Bundle.load(folder / "bundle").schedule.stages) == 5
+
+    code, out, _ = run(
+        monkeypatch, capsys, "generate", pipe, "--bundle", folder / "bundle", "-o", folder / "images",
+        "--prompts", "1,2", "--steps", 5, *common,
+    )  # fmt: skip
+    assert code == 0 and "MACs" in out
+    assert len(list((folder / "images").glob("*.png"))) == 2
+
+    code, out, _ = run(
+        monkeypatch, capsys, "evaluate", pipe, folder / "bundle", "-o", folder / "report", "--count", 4, *common
+    )
+    assert code == 0 and "dense, 3 steps" in out and "magnitude" in out
+    assert json.loads((folder / "report" / "report.json").read_text())
+    assert (folder / "report" / "report.html").is_file()
+
+    for target, expected in ((folder / "bundle", "StageSchedule"), (folder / "cal.safetensors", "24 prompts")):
+        code, out, _ = run(monkeypatch, capsys, "inspect", target)
+        assert code == 0 and expected in out
+    code, out, _ = run(monkeypatch, capsys, "inspect", pipe)
+    assert code == 0 and "blocks.0.attn: 5 heads x 8" in out
+
+    code, out, _ = run(
+        monkeypatch, capsys, "bench", pipe, "--bundle", folder / "bundle", "--levels", "0,0.5", "--batch", 2,
+        "--rounds", 2, "-o", folder / "bench.json", *common,
+    )  # fmt: skip
+    assert code == 0 and "MAC-ideal" in out
+    bench = json.loads((folder / "bench.json").read_text())
+    assert [row["sparsity"] for row in bench["levels"]["levels"]] == [0.0, 0.5]
+    assert sum(stage["calls"] for stage in bench["images"]["stages"]) == bench["images"]["image"]["calls"] == 5
+
+
+def test_hand_written_levels(folder, monkeypatch, capsys, banks):
+    Bundle(banks["shared-shared"]).save(folder / "plain")
+    code, out, _ = run(
+        monkeypatch, capsys, "allocate", folder / "pipe", folder / "plain", "-o", folder / "by-hand",
+        "--strategy", "hand", "--levels", "0,0.5,0.7",
+    )  # fmt: skip
+    assert code == 0, out
+    assert Bundle.load(folder / "by-hand").schedule.levels == [0, 0.5, 0.7]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_option(verb, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, verb, "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_env_names_versions(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "env")
+    assert code == 0
+    assert all(word in out for word in ("torch", "diffusers", "cpu", "dit (DiTTransformer2DModel)"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "no/such/folder/here"), "no such folder"),
+        (("calibrate", "."), "no model_index.json"),
+        (("calibrate", "PIPE", "--prompts", "@missing.txt"), "no such file"),
+        (("calibrate", "PIPE", "--prompts", "cat"), "no class of this pipeline"),
+        (("calibrate", "PIPE", "--prompts", "1", "--count", "1", "--steps", "1"), "too few calibration data"),
+        (("calibrate", "PIPE", "--alpha", "sideways"), "uniform, log-decrease"),
+        (("prune", "PIPE"), "needs a `calibration`"),
+        (("prune", "PIPE", "--method", "wish"), "must be one of"),
+        (("prune", "PIPE", "--method", "magnitude", "--levels", "0,two"), "--levels must be numbers"),
+        (("prune", "PIPE", "--method", "magnitude", "--levels", "0,1.5"), "in [0, 1)"),
+        (("allocate", "PIPE", "missing"), "no such bundle folder"),
+        (("generate", "PIPE", "--dtype", "int3"), "must be one of float32"),
+        (("demo", "no-such-demo"), "no demo pipeline"),
+        (("calibrate", "PIPE", "--steps", "0"), "--steps"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_mistakes_get_one_message_and_exit_code_2(arguments, message, folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [folder / "pipe" if word == "PIPE" else word for word in arguments]
+    code, _, err = run(monkeypatch, capsys, *words)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_the_installed_command_starts():
+    result = subprocess.run(
+        [sys.executable, "-m", "stageprune.core.cli", "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "calibrate" in result.stdout
