@@ -22,7 +22,7 @@ from .extras import require_report_extra
 from .judge import Judge
 from .metrics import mse
 from .report import Report
-from .runs import Job, run_variants
+from .runs import Job, run_variants, warm_up
 from .scores import Pictures, score
 from .variants import FEWER_STEPS, SCHEDULE, Variant, make_variants
 
@@ -69,12 +69,13 @@ def evaluate(
             evaluation mode.
         grid: columns of the picture grid.
         curve: also run every level, and dense with fewer steps, on 16 samples.
-        allocation: adds the error table and the predictions that chose the schedule.
+        allocation: what chose the bundle's schedule: adds its error table and predictions.
         command: what made the report, to be printed in it.
 
     Raises:
-        StagePruneError: no schedule, no pruned level, a bundle of another model, a prompt that the model or the judge
-            does not know, or the extra `report` is missing. Nothing has been sampled then.
+        StagePruneError: no schedule, no pruned level, an allocation of another schedule, a bundle of another model, a
+            prompt that the model or the judge does not know, or the extra `report` is missing. Nothing has been sampled
+            then.
 
     Example:
         >>> report = evaluate(DiffusersHost(pipe), bundle, count=64, judge=load_judge("demo/dit-digits"))
@@ -85,7 +86,7 @@ def evaluate(
     made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
     guidance = guidance if guidance is not None else made.get("guidance", 1.5)
-    _check(host, bundle, count, batch_size, steps)
+    _check(host, bundle, allocation, count=count, batch_size=batch_size, steps=steps)
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     conditions = host.encode(prompts)
@@ -94,6 +95,7 @@ def evaluate(
     job = Job(host, conditions, range(seed, seed + count), guidance, batch_size)
     variants = make_variants(host, bundle, steps)
 
+    warm_up(job, variants)
     runs = run_variants(job, variants)
     shown, worst = list(range(min(grid, count))), _worst(runs[1].latents, runs[0].latents)
     if judge is not None:
@@ -115,7 +117,7 @@ def evaluate(
     )
 
 
-def _check(host: Host, bundle: Bundle, count: int, batch_size: int, steps: int) -> None:
+def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers: int) -> None:
     if bundle.schedule is None:
         raise StagePruneError(
             "the bundle has no schedule, so there is nothing to evaluate. Make one with stageprune.allocate and pass "
@@ -123,12 +125,17 @@ def _check(host: Host, bundle: Bundle, count: int, batch_size: int, steps: int) 
         )
     if len(bundle.bank.sparsities) < 2:
         raise StagePruneError("the bank has no level but dense, so there is nothing to evaluate.")
-    for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1), ("steps", steps, 1)):
+    for name, value in numbers.items():
+        least = 2 if name == "count" else 1
         if value < least:
             raise StagePruneError(f"`{name}` must be at least {least}, got {value}.")
     if pruner_of(host.denoiser) is not None:
         raise StagePruneError("stage pruning is enabled on this pipeline; call disable_stage_pruning() first.")
     bundle.bank.check_denoiser(host.denoiser)
+    if allocation is not None and allocation.schedule != bundle.schedule:
+        raise StagePruneError(
+            "`allocation` chose another schedule than the bundle's; give the one that chose it, or none."
+        )
 
 
 def _class_ids(conditions: Conditions, judge: Judge | None) -> Tensor | None:

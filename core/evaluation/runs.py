@@ -14,7 +14,7 @@ from .. import progress
 from ..host import Conditions, Host, sample
 from ..runtime import applied
 from .benchmark import timed
-from .variants import DENSE, Variant
+from .variants import Variant
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,16 @@ class Run:
         return statistics.median(self.seconds)
 
 
+def warm_up(job: Job, variants: Sequence[Variant]) -> None:
+    """One step of every variant: first calls allocate memory and choose kernels, which should not be timed."""
+    for variant in variants:
+        with _running(job.host, variant):
+            job.sample(1, job.batches[0])
+
+
 def run_variants(job: Job, variants: Sequence[Variant]) -> list[Run]:
     """Sample every variant. A round is one batch, run by all of them in turn; attaching their banks is not timed."""
     runs = [Run(variant) for variant in variants]
-    if any(variant.name == DENSE for variant in variants):
-        job.sample(1, job.batches[0])  # not counted: first calls allocate and choose kernels
     with progress.bar(len(variants) * len(job.seeds), "sampling variants", "image") as bar:
         for part in job.batches:
             for run in runs:

@@ -22,8 +22,8 @@ class Variant:
         description: the name with what a reader needs to know, for tables.
         steps: sampling steps.
         macs_share: MACs that it executes over those that the dense model executes at the full number of steps.
-        bank: with the levels of `schedule` only, as it would be enabled: idle levels cost time too (5 % on the machine
-            where this was noticed). None runs the dense model.
+        bank: with the levels of `schedule` only, as it would be enabled: idle levels were seen to cost time
+            (about 5 % on a CPU with 2 cores). None runs the dense model.
         schedule: of that bank.
     """
 

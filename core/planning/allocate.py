@@ -159,9 +159,11 @@ def allocate(
         AllocationError: no level is cheap enough, or a stage is visited by no step.
     """
     made: Mapping[str, Any] = bank.provenance.get("calibration") or {}
-    steps = steps or made.get("steps") or 25
+    steps = steps if steps is not None else made.get("steps", 25)
     guidance = guidance if guidance is not None else made.get("guidance", 1.5)
     prompts = list(prompts if prompts is not None else made.get("prompts", []))[:64]
+    if steps < 1:
+        raise AllocationError(f"`steps` must be at least 1, got {steps}.")
     if strategy not in STRATEGIES:
         raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
     partition = _partition(stages, bank, steps)

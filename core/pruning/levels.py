@@ -13,7 +13,7 @@ DEFAULT_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
     """Sorted levels with dense first. BankError names a value outside [0, 1) or given twice."""
-    values = [float(value) for value in sparsities]
+    values = [round(float(value), 6) for value in sparsities]
     wrong = [value for value in values if not (math.isfinite(value) and 0 <= value < 1)]
     if wrong:
         raise BankError(f"`levels` must be sparsities in [0, 1), got {wrong[0]}.")
@@ -51,8 +51,8 @@ def kept_counts(
             removed += cost.units[group.name] * (group.size - count)
         share = min(max((sparsity * total - removed) / neuron_macs, 0.0), 1.0) if neurons and sparsity else 0.0
         for group in neurons:
-            count = round(group.size * (1 - share) / multiple) * multiple
-            kept[group.name].append(_clamp(count, min(multiple, group.size), group.size))
+            count = _clamp(round(group.size * (1 - share) / multiple) * multiple, min(multiple, group.size), group.size)
+            kept[group.name].append(count if share else group.size)  # a width need not be a multiple itself
     # A higher level never keeps more, whatever the rounding of the heads asked of the neurons.
     return {name: tuple(min(counts[: i + 1]) for i in range(len(counts))) for name, counts in kept.items()}
 

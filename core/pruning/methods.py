@@ -62,7 +62,8 @@ def register_method(name: str, *, compensates: bool = False) -> Callable[[OrderF
     """Decorator: make an order function known as a method of `prune`."""
 
     def register(function: OrderFunction) -> OrderFunction:
-        _METHODS[name] = Method(function, compensates, (function.__doc__ or "").strip().splitlines()[0])
+        summary = (function.__doc__ or name).strip().splitlines()[0]
+        _METHODS[name] = Method(function, compensates, summary)
         return function
 
     return register

@@ -1,10 +1,12 @@
 """Running a schedule on a denoiser: staged Linears, the switch, and what it reports."""
 
 from .applied import applied
-from .pruner import StagePruner, known_bank, pruner_of, remember_bank, resident_bytes
+from .memory import resident_bytes
+from .pruner import Resident, StagePruner, known_bank, pruner_of, remember_bank
 from .summary import StageSummary, summarise
 
 __all__ = [
+    "Resident",
     "StagePruner",
     "StageSummary",
     "applied",

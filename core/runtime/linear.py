@@ -8,7 +8,7 @@ stay out of `state_dict()`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from torch.nn import functional as F
 from ..errors import StagePruneError
 from ..pruning import Consumer
 
+S = TypeVar("S", bound="StagedLinear")
+
 
 class StagedLinear(nn.Linear):
     """What the three have in common: state dictionaries that show the dense weights, and a way back to nn.Linear."""
 
     stage_names: tuple[str, ...]  # what the swap added, so that restoring removes exactly that
-    stage_host: dict[str, Tensor]  # whole parameters in host memory while trimmed; not buffers, so `.to()` leaves them
+    # Host memory, so plain attributes rather than buffers: `.to()` must not move them.
+    stage_host: dict[str, Tensor]  # whole parameters in host memory while trimmed
 
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights as they were before the swap, by parameter name."""
@@ -77,22 +80,23 @@ class PrefixLinear(StagedLinear):
 
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights with their rows back in the dense order."""
-        back = self.stage_order.argsort()
-        return {name: tensor[back] for name, tensor in super().dense_weights().items()}
+        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in super().dense_weights().items()}
 
 
 class GatheredLinear(StagedLinear):
-    """A producer whose kept rows are copied into a buffer of its own when the stage changes (order per stage, packed
-    rows).
+    """A producer whose kept rows are copied into a buffer of its own when the stage changes.
+
+    For an order per stage, and for packed rows (GEGLU, fused qkv), whose kept rows are no prefix.
     """
 
-    stage_rows: int
+    stage_rows: int  # 0 while dense
+    stage_order: Tensor | None
     stage_weight: Tensor
     stage_bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """The gathered outputs, or all of them while dense."""
-        if self.stage_rows == self.out_features:
+        if self.stage_rows == 0:
             return F.linear(input, self.weight, self.bias)
         bias = None if self.stage_bias is None else self.stage_bias[: self.stage_rows]
         return F.linear(input, self.stage_weight[: self.stage_rows], bias)
@@ -103,6 +107,13 @@ class GatheredLinear(StagedLinear):
         torch.index_select(self.weight.detach(), 0, rows, out=self.stage_weight[: len(rows)])
         if self.stage_bias is not None:
             torch.index_select(self.bias.detach(), 0, rows, out=self.stage_bias[: len(rows)])
+
+    def dense_weights(self) -> Mapping[str, Tensor]:
+        """The weights with their rows back in the dense order."""
+        weights = super().dense_weights()
+        if self.stage_order is None:
+            return weights
+        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in weights.items()}
 
 
 class LevelLinear(StagedLinear):
@@ -130,37 +141,74 @@ class LevelLinear(StagedLinear):
         """The weights with their columns back in the dense order."""
         weights = dict(super().dense_weights())
         if self.stage_order is not None:
-            weights["weight"] = weights["weight"][:, self.stage_order.argsort()]
+            weights["weight"] = _unordered(weights["weight"], self.stage_order, 1)
         return weights
+
+
+class OffloadedLinear(StagedLinear):
+    """A consumer of which only the active variant is on the device; the others wait in host memory.
+
+    The dense weight is a variant like the others, so the device never holds more than the dense model does.
+    """
+
+    stage_order: Tensor | None
+    stage_held: tuple[tuple[Tensor, Tensor | None], ...]  # plain attributes: `.to()` must not move them
+    stage_weight: Tensor
+    stage_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The active variant."""
+        return F.linear(input, self.stage_weight, self.bias if self.stage_bias is None else self.stage_bias)
+
+    @torch.no_grad()
+    def load(self, variant: int) -> None:
+        """Copy a variant to the device; the one before it is freed. From pinned memory the copy does not block."""
+        weight, bias = self.stage_held[variant]
+        like = self.weight
+        self.stage_weight = weight.to(like.device, like.dtype, non_blocking=True)
+        self.stage_bias = None if bias is None else bias.to(like.device, like.dtype, non_blocking=True)
+
+    def dense_weights(self) -> Mapping[str, Tensor]:
+        """The weights with their columns back in the dense order."""
+        weights = dict(super().dense_weights())
+        if self.stage_order is not None:
+            weights["weight"] = _unordered(weights["weight"], self.stage_order, 1)
+        return weights
+
+
+# The functions below allocate all they need before they change anything, so that one that fails changes nothing.
 
 
 @torch.no_grad()
 def to_prefix(linear: nn.Linear, order: Tensor) -> PrefixLinear:
     """Permute the rows of `linear` in place and make it a PrefixLinear, dense at first. `order` has shape (out,)."""
-    order = order.to(linear.weight.device)
-    for parameter in linear.parameters(recurse=False):
-        parameter.copy_(parameter[order])
-    linear.__class__ = PrefixLinear
-    staged: PrefixLinear = linear  # type: ignore[assignment]
-    staged.stage_host = {}
-    staged.register_buffer("stage_order", order, persistent=False)
+    _permute_rows(linear, order)
+    staged = _swap(linear, PrefixLinear, {})
+    staged.stage_order = order.cpu()
     staged.stage_rows = linear.out_features
     staged.stage_names = ("stage_order", "stage_rows")
     return staged
 
 
 @torch.no_grad()
-def to_gathered(linear: nn.Linear, most_rows: int) -> GatheredLinear:
-    """Make `linear` a GatheredLinear with room for `most_rows`, dense at first."""
-    weight = linear.weight.new_empty(most_rows, linear.in_features)
-    bias = None if linear.bias is None else linear.bias.new_empty(most_rows)
-    linear.__class__ = GatheredLinear
-    staged: GatheredLinear = linear  # type: ignore[assignment]
-    staged.stage_host = {}
-    staged.register_buffer("stage_weight", weight, persistent=False)
-    staged.register_buffer("stage_bias", bias, persistent=False)
-    staged.stage_rows = linear.out_features
-    staged.stage_names = ("stage_weight", "stage_bias", "stage_rows")
+def to_gathered(linear: nn.Linear, most_rows: int, order: Tensor | None) -> GatheredLinear:
+    """Make `linear` a GatheredLinear with room for `most_rows`, dense at first.
+
+    Args:
+        linear: the producer.
+        most_rows: rows of the largest level.
+        order: rows of the dense weight if the consumer's columns are permuted, shape (out,); permuted in place.
+    """
+    buffers: dict[str, Tensor | None] = {
+        "stage_weight": linear.weight.new_empty(most_rows, linear.in_features),
+        "stage_bias": None if linear.bias is None else linear.bias.new_empty(most_rows),
+    }
+    if order is not None:
+        _permute_rows(linear, order)
+    staged = _swap(linear, GatheredLinear, buffers)
+    staged.stage_order = None if order is None else order.cpu()
+    staged.stage_rows = 0
+    staged.stage_names = ("stage_weight", "stage_bias", "stage_order", "stage_rows")
     return staged
 
 
@@ -173,22 +221,60 @@ def to_levels(linear: nn.Linear, variants: Sequence[Consumer], order: Tensor | N
         variants: weight and bias of variants 1, 2, ...
         order: columns of the dense weight if its producers' rows are permuted, shape (in,); permuted in place.
     """
-    weight = linear.weight
-    if order is not None:
-        order = order.to(weight.device)
-        weight.copy_(weight[:, order])
-    linear.__class__ = LevelLinear
-    staged: LevelLinear = linear  # type: ignore[assignment]
-    staged.stage_host = {}
-    staged.stage_weights = tuple(f"stage_weight_{i + 1}" for i in range(len(variants)))
-    staged.stage_biases = tuple(f"stage_bias_{i + 1}" for i in range(len(variants)))
-    staged.register_buffer("stage_order", order, persistent=False)
-    for consumer, weight_name, bias_name in zip(variants, staged.stage_weights, staged.stage_biases, strict=True):
-        staged.register_buffer(
-            weight_name, consumer.weight.to(weight.device, weight.dtype, copy=True), persistent=False
-        )
-        staged.register_buffer(bias_name, consumer.bias.to(weight.device, weight.dtype, copy=True), persistent=False)
-    staged.stage_variant = 0
-    added = (*staged.stage_weights, *staged.stage_biases)
-    staged.stage_names = (*added, "stage_order", "stage_variant", "stage_weights", "stage_biases")
+    weights = tuple(f"stage_weight_{index + 1}" for index in range(len(variants)))
+    biases = tuple(f"stage_bias_{index + 1}" for index in range(len(variants)))
+    buffers: dict[str, Tensor | None] = {}
+    for consumer, weight, bias in zip(variants, weights, biases, strict=True):
+        buffers[weight] = consumer.weight.to(linear.weight.device, linear.weight.dtype, copy=True)
+        buffers[bias] = consumer.bias.to(linear.weight.device, linear.weight.dtype, copy=True)
+    _permute_columns(linear, order)
+    staged = _swap(linear, LevelLinear, buffers)
+    staged.stage_order = None if order is None else order.cpu()
+    staged.stage_weights, staged.stage_biases, staged.stage_variant = weights, biases, 0
+    staged.stage_names = (*weights, *biases, "stage_order", "stage_variant", "stage_weights", "stage_biases")
     return staged
+
+
+@torch.no_grad()
+def to_offloaded(linear: nn.Linear, variants: Sequence[Consumer], order: Tensor | None) -> OffloadedLinear:
+    """Make `linear` an OffloadedLinear; `load` must choose a variant before it runs. Arguments as in `to_levels`."""
+    held = [(_host(consumer.weight, linear), _host(consumer.bias, linear)) for consumer in variants]
+    _permute_columns(linear, order)
+    staged = _swap(linear, OffloadedLinear, {"stage_weight": None, "stage_bias": None})
+    staged.stage_order = None if order is None else order.cpu()
+    staged.trim({"weight": linear.weight[:, :0]})
+    # The dense bias stays on the device: it is small, and `load(0)` needs none then.
+    staged.stage_held = ((_host(staged.stage_host["weight"], linear), None), *held)
+    staged.stage_names = ("stage_order", "stage_weight", "stage_bias", "stage_held")
+    return staged
+
+
+def _swap(linear: nn.Linear, cls: type[S], buffers: Mapping[str, Tensor | None]) -> S:
+    linear.__class__ = cls
+    staged: S = linear  # type: ignore[assignment]
+    staged.stage_host = {}
+    for name, buffer in buffers.items():
+        staged.register_buffer(name, buffer, persistent=False)
+    return staged
+
+
+def _permute_rows(linear: nn.Linear, order: Tensor) -> None:
+    permuted = [(parameter, parameter[order.to(parameter.device)]) for parameter in linear.parameters(recurse=False)]
+    for parameter, rows in permuted:
+        parameter.copy_(rows)
+
+
+def _permute_columns(linear: nn.Linear, order: Tensor | None) -> None:
+    if order is not None:
+        linear.weight.copy_(linear.weight[:, order.to(linear.weight.device)])
+
+
+def _host(tensor: Tensor, linear: nn.Linear) -> Tensor:
+    """In host memory, pinned where a GPU will read it."""
+    tensor = tensor.detach().to("cpu")
+    return tensor.pin_memory() if linear.weight.device.type == "cuda" else tensor
+
+
+def _unordered(tensor: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Undo a permutation along `dim`."""
+    return tensor.index_select(dim, order.argsort().to(tensor.device))

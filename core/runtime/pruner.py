@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,18 @@ from ..groups.group import kept_columns, linear_at
 from ..host import TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
-from .linear import GatheredLinear, LevelLinear, PrefixLinear, StagedLinear, to_gathered, to_levels, to_prefix
+from .linear import (
+    GatheredLinear,
+    LevelLinear,
+    OffloadedLinear,
+    PrefixLinear,
+    StagedLinear,
+    to_gathered,
+    to_levels,
+    to_offloaded,
+    to_prefix,
+)
+from .memory import resident_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +38,8 @@ Variant = tuple[int, int]
 """(level, stage of the bank); (0, 0) is dense."""
 
 DENSE: Variant = (0, 0)
+
+Resident = Literal["all", "active"]
 
 
 @dataclass
@@ -47,6 +60,8 @@ class StagePruner:
         schedule: what runs where.
         read_tau: reads the noise level from a call.
         variants: what must be resident; the variants of `schedule` by default.
+        resident: `all` keeps the consumers of every level on the device; `active` only those of the running one, the
+            others wait in (pinned) host memory and are copied at a switch.
         trim: move the dense weights that no stage of the schedule uses to host memory until the pruner is detached. By
             default only on an accelerator: on the CPU it would save nothing.
 
@@ -62,8 +77,11 @@ class StagePruner:
         schedule: StageSchedule,
         read_tau: TauReader,
         variants: Sequence[Variant] | None = None,
+        resident: Resident = "all",
         trim: bool | None = None,
     ) -> None:
+        if resident not in ("all", "active"):
+            raise StagePruneError(f"`resident` must be 'all' or 'active', got {resident!r}.")
         bound = bank.bind(schedule)
         _check_state(denoiser, bank)
         bank.check_denoiser(denoiser)
@@ -77,22 +95,29 @@ class StagePruner:
         wanted = {self._variant(*variant) for variant in (variants or bound)}
         self.variants = [DENSE, *sorted(wanted - {DENSE})]
         on_device = next(denoiser.parameters()).device.type != "cpu"
-        self.trimmed = DENSE not in wanted and (on_device if trim is None else trim)
+        self.resident = resident
+        self.trimmed = DENSE not in wanted and (on_device or resident == "active" if trim is None else trim)
         self._settings: list[_Setting] = []
         self._gathers: list[tuple[GatheredLinear, list[Tensor | None]]] = []
+        self._offloaded: list[OffloadedLinear] = []
         self._staged: list[StagedLinear] = []
-        self._active: int = 0
+        self._active: int | None = None  # nothing has been set yet
         self._schedule = schedule
         self._bound: list[int] = []
         try:
             self._attach()
             self.schedule = schedule
+            self.switch(0)
             if self.trimmed:
                 self._trim()
         except BaseException:
             self._restore()
             raise
-        self._hook = denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        self.switches = 0
+        self._hooks = [
+            denoiser.register_forward_pre_hook(self._on_call, with_kwargs=True),
+            denoiser.register_load_state_dict_pre_hook(_refuse_load),  # type: ignore[no-untyped-call]
+        ]
         denoiser.__dict__[_PRUNER] = self
         denoiser.__dict__[_BANK] = bank
 
@@ -118,7 +143,7 @@ class StagePruner:
     @property
     def level(self) -> int:
         """The level that is set now."""
-        return self.variants[self._active][0]
+        return self.variants[self._active or 0][0]
 
     def switch(self, stage: int) -> None:
         """Set what a stage of the schedule needs. Free if it is set already."""
@@ -128,7 +153,8 @@ class StagePruner:
 
     def detach(self) -> None:
         """Restore the denoiser, bit for bit."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._restore()
         del self.denoiser.__dict__[_PRUNER]
 
@@ -143,14 +169,19 @@ class StagePruner:
         self.switch(self._schedule.stage_of(self.read_tau(args, kwargs)))
 
     def _set(self, variant: int) -> None:
-        for setting in self._settings:
-            setattr(setting.module, setting.name, setting.values[variant])
+        self._set_integers(variant)
         for linear, rows in self._gathers:
             chosen = rows[variant]
             if chosen is not None:
                 linear.gather(chosen.to(linear.weight.device))
+        for offloaded in self._offloaded:
+            offloaded.load(variant)
         self._active = variant
         self.switches += 1
+
+    def _set_integers(self, variant: int) -> None:
+        for setting in self._settings:
+            setattr(setting.module, setting.name, setting.values[variant])
 
     def _attach(self) -> None:
         for group in self.bank.groups:
@@ -162,13 +193,15 @@ class StagePruner:
             every = {group.name: self.bank.order(group.name, 0) for group, _ in entries}
             order = _full_order(entries, every, linear.in_features) if prefix else None
             consumers = [self.bank.consumer(path, level, stage) for level, stage in self.variants[1:]]
-            staged = to_levels(linear, consumers, order)
-            self._staged.append(staged)
-            self._settings.append(_Setting(staged, "stage_variant", list(range(len(self.variants)))))
+            if self.resident == "active":
+                self._offloaded.append(to_offloaded(linear, consumers, order))
+                self._staged.append(self._offloaded[-1])
+                continue
+            self._staged.append(to_levels(linear, consumers, order))
+            self._settings.append(_Setting(self._staged[-1], "stage_variant", list(range(len(self.variants)))))
 
     def _trim(self) -> None:
-        """Only from here on may the denoiser not be run dense, so the first stage is set at once."""
-        self.switch(0)
+        """Only from here on may the denoiser not be run dense; the first stage has been set."""
         for setting in self._settings:
             if isinstance(setting.module, PrefixLinear):
                 setting.module.trim_rows(max(setting.values[1:]))
@@ -180,12 +213,14 @@ class StagePruner:
         for producer in group.producers:
             linear = linear_at(self.denoiser, producer.path)
             rows = [count * group.width * producer.blocks for count in kept]
-            if self.bank.order_sharing == "shared" and producer.blocks == 1:
-                order = group.rows(self.bank.order(group.name, 0), 1)
+            shared = self.bank.order_sharing == "shared"
+            order = group.rows(self.bank.order(group.name, 0), producer.blocks) if shared else None
+            if order is not None and producer.blocks == 1:
                 staged: StagedLinear = to_prefix(linear, order)
             else:
-                staged = gathered = to_gathered(linear, max(rows[1:], default=1))
+                staged = gathered = to_gathered(linear, max(rows[1:], default=1), order)
                 self._gathers.append((gathered, self._rows_to_gather(group, producer.blocks, kept)))
+                rows[0] = 0
             self._staged.append(staged)
             self._settings.append(_Setting(staged, "stage_rows", rows))
         for attribute in group.attributes:
@@ -195,31 +230,17 @@ class StagePruner:
     def _rows_to_gather(self, group: Group, blocks: int, kept: Sequence[int]) -> list[Tensor | None]:
         rows: list[Tensor | None] = [None]
         for (_, stage), count in zip(self.variants[1:], kept[1:], strict=True):
-            rows.append(group.rows(self.bank.order(group.name, stage)[:count], blocks))
+            # With a shared order the rows have been permuted already: each packed copy keeps its first ones.
+            permuted = self.bank.order_sharing == "shared"
+            units = torch.arange(count) if permuted else self.bank.order(group.name, stage)[:count]
+            rows.append(group.rows(units, blocks))
         return rows
 
     def _restore(self) -> None:
-        if self._staged:
-            self._set(0)
+        self._set_integers(0)
         for staged in self._staged:
             staged.restore()
-        self._staged, self._settings, self._gathers = [], [], []
-
-
-def resident_bytes(denoiser: nn.Module, added_only: bool = False) -> int:
-    """Bytes of the tensors that a denoiser really holds on its device, each storage counted once.
-
-    Args:
-        denoiser: any module.
-        added_only: count only what stage pruning added.
-    """
-    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for name, tensor in tensors
-        if not added_only or name.rpartition(".")[2].startswith("stage_")
-    }
-    return sum(storages.values())
+        self._staged, self._settings, self._gathers, self._offloaded = [], [], [], []
 
 
 def pruner_of(denoiser: nn.Module) -> StagePruner | None:
@@ -235,6 +256,14 @@ def known_bank(denoiser: nn.Module) -> Bank | None:
 def remember_bank(denoiser: nn.Module, bank: Bank) -> None:
     """Let a bare schedule be enabled on `denoiser` later."""
     denoiser.__dict__[_BANK] = bank
+
+
+def _refuse_load(module: nn.Module, *_: Any) -> None:
+    """Before any weight of the denoiser is loaded, so that a refusal leaves it whole."""
+    raise StagePruneError(
+        f"stage pruning is enabled on this {type(module).__name__}: its bank would not fit new weights. Call "
+        "disable_stage_pruning() first, load, and enable again."
+    )
 
 
 def _check_state(denoiser: nn.Module, bank: Bank) -> None:

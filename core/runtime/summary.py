@@ -10,7 +10,8 @@ from torch import nn
 from ..groups.group import linear_at
 from ..pruning import Bank, realised_sparsity
 from ..schedule import ExecutedCost, executed_cost
-from .pruner import StagePruner, resident_bytes
+from .memory import resident_bytes
+from .pruner import StagePruner
 
 
 @dataclass(frozen=True)

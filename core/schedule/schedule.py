@@ -39,6 +39,8 @@ class Stage:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ScheduleError(f"stage `{name}` must be a finite number, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        # A sparsity is the name of a level: 0.1 + 0.2 must find the level 0.3.
+        object.__setattr__(self, "sparsity", round(self.sparsity, 6))
         if not 0 <= self.low < self.high <= 1:
             raise ScheduleError(f"a stage needs 0 <= low < high <= 1, got low={self.low}, high={self.high}.")
         if not 0 <= self.sparsity < 1:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...bundle import Bundle, load_bundle
 from ...errors import ScheduleError, StagePruneError
-from ...runtime import StagePruner, StageSummary, known_bank, pruner_of, remember_bank, summarise
+from ...runtime import Resident, StagePruner, StageSummary, known_bank, pruner_of, remember_bank, summarise
 from ...schedule import StageSchedule
 from .host import DiffusersHost, find_denoiser
 from .timesteps import reader_for
@@ -21,13 +21,17 @@ from .timesteps import reader_for
 logger = logging.getLogger(__name__)
 
 
-def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedule) -> StagePruner:
+def enable_stage_pruning(
+    target: Any, source: str | Path | Bundle | StageSchedule, *, resident: Resident = "all"
+) -> StagePruner:
     """Run each stage of the denoising trajectory at its own level.
 
     Args:
         target: a pipeline, or its denoiser. State lives on the denoiser: pipelines that share it are pruned alike.
         source: a bundle (Hub id, folder or `Bundle`), or a `StageSchedule` for the bank that the denoiser already knows
             (from `prune`, or from an earlier enable).
+        resident: `all` keeps every level of the schedule on the device; `active` keeps the others in host memory and
+            copies at a switch, so that the device never holds more than the dense model.
 
     Returns:
         The pruner, for those who want to look inside.
@@ -60,7 +64,7 @@ def enable_stage_pruning(target: Any, source: str | Path | Bundle | StageSchedul
             )
         bank, schedule = bundle.bank, bundle.schedule
     train_timesteps = 1000 if isinstance(target, nn.Module) else target.scheduler.config.num_train_timesteps
-    return StagePruner(denoiser, bank, schedule, reader_for(denoiser, train_timesteps))
+    return StagePruner(denoiser, bank, schedule, reader_for(denoiser, train_timesteps), resident=resident)
 
 
 def disable_stage_pruning(target: Any) -> None:

@@ -1,0 +1,167 @@
+"""What several test modules share: a tiny pipeline, the three ways to hold weights, and a slow reference run time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from stageprune.core.groups.check import sliced
+from stageprune.core.groups.group import linear_at
+from stageprune.core.host import sample
+from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.pruning import Bank
+from stageprune.core.schedule import StageSchedule
+
+SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
+SHARING_IDS = [f"{order}-{consumers}" for order, consumers in SHARINGS]
+LEVELS = (0.0, 0.2, 0.5, 0.7)
+SCHEDULE = StageSchedule.from_levels([0, 0.2, 0.5, 0.7, 0.5])
+STEPS = 5
+GUIDANCE = 1.5
+LABELS = [1, 2, 3]
+TAUS = [0.9, 0.7, 0.5, 0.3, 0.1]
+"""One noise level in each of the five equal stages."""
+
+
+def make_denoiser(seed: int = 0, **config: Any) -> DiTTransformer2DModel:
+    """A random DiT whose every weight matters (diffusers starts its gates and its output at zero)."""
+    defaults = {
+        "num_attention_heads": 5,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    }
+    model = DiTTransformer2DModel(**{**defaults, **config}).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model
+
+
+def make_pipe(seed: int = 0, **config: Any) -> DiTPipeline:
+    """A tiny DiT pipeline; the same seed and configuration give the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, prediction_type="v_prediction")
+    pipe = DiTPipeline(make_denoiser(seed, **config), vae.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, labels: Sequence[int] = LABELS) -> Tensor:
+    """What `pipe(...)` itself gives for fixed seeds."""
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
+    result = pipe(
+        list(labels), num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="pt"
+    )
+    return result.images
+
+
+def latents(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, labels: Sequence[int] = LABELS) -> Tensor:
+    """Final latents through the host, for fixed seeds."""
+    host = DiffusersHost(pipe)
+    return sample(host, host.encode(labels), list(range(len(labels))), steps, guidance)
+
+
+def forward(denoiser: nn.Module, tau: float, batch: int = 2) -> Tensor:
+    """One denoiser call at noise level `tau` on fixed inputs, in the denoiser's dtype."""
+    generator = torch.Generator().manual_seed(7)
+    size = denoiser.config.sample_size
+    hidden = torch.randn(batch, denoiser.config.in_channels, size, size, generator=generator)
+    times = torch.full((batch,), round(tau * 1000))
+    hidden = hidden.to(next(denoiser.parameters()).dtype)
+    with torch.no_grad():
+        return denoiser(hidden, timestep=times, class_labels=torch.arange(batch)).sample
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dictionary."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Same keys in the same order, bit-equal values."""
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def inside(module: nn.Module) -> dict[str, Any]:
+    """All that a module tree holds besides parameter values: classes, plain attributes, hooks, buffers."""
+    return {
+        name: (
+            type(child),
+            sorted(key for key in child.__dict__ if key != "_stage_bank"),
+            len(child._forward_pre_hooks) + len(child._forward_hooks),
+            sorted(child._buffers),
+            {key: value for key, value in child.__dict__.items() if isinstance(value, int)},
+        )
+        for name, child in module.named_modules()
+    }
+
+
+@contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """The denoiser after the block is what it was before: weights bit for bit, classes, attributes, hooks, images."""
+    state, structure, before = state_of(pipe.transformer), inside(pipe.transformer), images(pipe)
+    yield
+    assert same_state(state, state_of(pipe.transformer))
+    assert structure == inside(pipe.transformer)
+    assert torch.equal(before, images(pipe))
+
+
+@contextmanager
+def reference(denoiser: nn.Module, bank: Bank, level: int, stage: int) -> Iterator[None]:
+    """The slow, plain way to run a level: slice everything physically, then put the bank's consumers in place."""
+    if level == 0:
+        yield
+        return
+    keep = {group.name: bank.order(group.name, stage)[: bank.kept[group.name][level]] for group in bank.groups}
+    with sliced(denoiser, bank.groups, keep):
+        biases = {}
+        for path in bank.consumer_shapes:
+            linear, consumer = linear_at(denoiser, path), bank.consumer(path, level, stage)
+            assert linear.weight.shape == consumer.weight.shape
+            biases[path] = linear.bias
+            linear.weight = nn.Parameter(consumer.weight.to(linear.weight.dtype), requires_grad=False)
+            linear.bias = nn.Parameter(consumer.bias.to(linear.weight.dtype), requires_grad=False)
+        try:
+            yield
+        finally:
+            for path, bias in biases.items():
+                linear_at(denoiser, path).bias = bias
+
+
+def reference_latents(pipe: Any, bank: Bank, schedule: StageSchedule, steps: int = STEPS) -> Tensor:
+    """The whole trajectory through `reference`, one denoiser call at a time, on a copy of the denoiser."""
+    twin = copy.copy(pipe)
+    twin.register_modules(transformer=copy.deepcopy(pipe.transformer))
+    host = DiffusersHost(twin)
+    conditions, state = host.encode(LABELS), host.start(host.noise(range(len(LABELS))), steps)
+    bound = bank.bind(schedule)
+    for tau in host.taus(steps):
+        with reference(host.denoiser, bank, *bound[schedule.stage_of(tau)]):
+            state = host.advance(state, conditions, GUIDANCE, state.index + 1)
+    return state.latents
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
