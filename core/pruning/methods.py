@@ -62,7 +62,7 @@ def register_method(name: str, *, compensates: bool = False) -> Callable[[OrderF
     """Decorator: make an order function known as a method of `prune`."""
 
     def register(function: OrderFunction) -> OrderFunction:
-        summary = (function.__doc__ or name).strip().splitlines()[0]
+        summary = (function.__doc__ or "").strip().partition("\n")[0]
         _METHODS[name] = Method(function, compensates, summary)
         return function
 
