@@ -276,7 +276,9 @@ class Page(HTMLParser):
 
 def test_saved_page_is_whole_and_self_contained(report, tmp_path):
     path = report.save(tmp_path / "deep" / "folder")
-    assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
+    pictures = ["curve.png", "grid.png", "schedule.png", "table.png"]
+    written = sorted(file.name for file in path.parent.iterdir())
+    assert written == sorted(["report.html", "report.json", *pictures])
     page = Page()
     page.feed(path.read_text("utf-8"))
     page.close()

@@ -87,7 +87,7 @@ class Report:
         return data
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.html` (self-contained) and `report.json` into `folder`, each whole or not at all.
+        """Write `report.html` (self-contained), `report.json` and the pictures as PNG, each whole or not at all.
 
         Args:
             folder: created if missing; other files in it stay.
@@ -102,15 +102,20 @@ class Report:
             >>> report.save("out/report")
             PosixPath('out/report/report.html')
         """
+        pictures = self._pictures()
         data = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        for name, text in (("report.json", data), ("report.html", self.html())):
+        files = {"report.json": data.encode(), "report.html": self._page(pictures).encode()}
+        files |= {f"{name}.png": png for name, png in pictures.items()}
+        for name, content in files.items():
             with atomic_file(Path(folder) / name) as path:
-                path.write_text(text, "utf-8")
-                path.chmod(0o644)
+                path.write_bytes(content)
         return Path(folder) / "report.html"
 
     def html(self) -> str:
         """The page, pictures embedded."""
+        return self._page(self._pictures())
+
+    def _page(self, pictures: Mapping[str, bytes]) -> str:
         with report_extra():
             import jinja2  # noqa: PLC0415
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -119,7 +124,7 @@ class Report:
         return environment.get_template(TEMPLATE).render(
             report=self,
             columns=shown_columns(self.rows),
-            pictures={name: base64.b64encode(png).decode() for name, png in self._pictures().items()},
+            pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
             curve_samples=min(CURVE_SAMPLES, len(self.rows[0].latent_errors)),
             levels=lambda levels: ", ".join(f"{level:g}" for level in levels),
         )
