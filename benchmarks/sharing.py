@@ -49,7 +49,7 @@ def measure(
     row: dict[str, Any] = {"order": order, "consumers": consumers, "prune_seconds": time.perf_counter() - started}
     schedules = {str(level): StageSchedule.from_levels([level] * 5) for level in TESTED}
     if schedule:
-        allocation = stageprune.allocate(demo.pipe, bank, target=0.67, steps=STEPS, prompts=demo.labels(40))
+        allocation = stageprune.allocate(demo.pipe, bank, target=0.67, steps=STEPS, prompts=demo.labels(20))
         schedules["measured 0.67"] = allocation.schedule
         row |= {"schedule": allocation.schedule.levels, **footprint(demo, bank, allocation.schedule)}
     with applied(demo.host, bank) as pruner:

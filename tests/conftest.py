@@ -11,15 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # so that every test module can import `support`
 
 import pytest
+import stageprune
 import torch
 from hypothesis import HealthCheck, settings
-from support import LEVELS, SCHEDULE, SHARING_IDS, SHARINGS, STEPS, make_pipe
-
-import stageprune
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import Calibration, calibrate
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import Bank, prune
+from support import LEVELS, SCHEDULE, SHARING_IDS, SHARINGS, STEPS, make_pipe
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 settings.register_profile(

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from torch import Tensor, nn
-
 from stageprune.core.groups.check import sliced
 from stageprune.core.groups.group import linear_at
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import Bank
 from stageprune.core.schedule import StageSchedule
+from torch import Tensor, nn
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
 SHARING_IDS = [f"{order}-{consumers}" for order, consumers in SHARINGS]
@@ -70,9 +69,7 @@ def make_pipe(seed: int = 0, **config: Any) -> DiTPipeline:
 def images(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, labels: Sequence[int] = LABELS) -> Tensor:
     """What `pipe(...)` itself gives for fixed seeds."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
-    result = pipe(
-        list(labels), num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="pt"
-    )
+    result = pipe(list(labels), num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="pt")
     return result.images
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LEVELS, make_pipe, relative
-
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import consumer_sites
@@ -16,6 +16,7 @@ from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
 from stageprune.core.pruning.prune import _nested_columns
+from support import LEVELS, make_pipe, relative
 
 DAMPING = 0.01
 
@@ -27,7 +28,7 @@ def least_squares(weight, rows, kept, damping):
     """
     width = rows.shape[1]
     data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-    ridge = torch.cat([torch.eye(width, dtype=rows.dtype) * damping**0.5, torch.zeros(width, 1, dtype=rows.dtype)], 1)
+    ridge = torch.eye(width, width + 1, dtype=rows.dtype) * damping**0.5
     data = torch.cat([data, ridge])
     columns = torch.cat([kept, torch.tensor([width])])
     solution = torch.linalg.lstsq(data[:, columns], data @ weight.T, driver="gelsd").solution.T
@@ -85,7 +86,7 @@ def test_every_prefix_is_the_least_squares_solution(seed, width, outputs, kind, 
         assert float((got_bias - expected_bias).abs().max() / scale) < 1e-6
     assert torch.allclose(solutions[0][0], weight[:, columns]), "keeping everything is the dense weight"
     losses = [reconstruction_loss(weight, damp(hessian, DAMPING), columns, solution) for solution in solutions]
-    assert all(low <= high + 1e-9 for low, high in zip(losses, losses[1:], strict=False)), "more units never lose more"
+    assert all(low <= high + 1e-9 for low, high in pairwise(losses)), "more units never lose more"
 
 
 def test_compensation_beats_plain_slicing():

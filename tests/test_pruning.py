@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LEVELS, make_pipe, state_of
-
 from stageprune import StageSchedule, methods, register_method
 from stageprune.core.errors import BankError, CalibrationError, ScheduleError
 from stageprune.core.groups import DenoiserCost, Group, measure_cost
@@ -19,6 +17,7 @@ from stageprune.core.pruning.compensate import compensate, damp, reconstruction_
 from stageprune.core.pruning.levels import check_sparsities, kept_counts
 from stageprune.core.pruning.methods import _METHODS, ConsumerProblem, GroupProblem, _by_score, find_method
 from stageprune.core.pruning.obs import obs_order
+from support import LEVELS, make_pipe, state_of
 
 
 @pytest.fixture
@@ -290,7 +289,7 @@ def test_a_method_without_a_docstring_can_be_plugged_in(plugged):
 
 def test_bank_lookups(bank):
     assert [bank.level_of(sparsity) for sparsity in (0, 0.2, 0.5 + 1e-9, 0.7)] == [0, 1, 2, 3]
-    with pytest.raises(ScheduleError, match="no level of sparsity 0.3; its levels are 0, 0.2, 0.5, 0.7"):
+    with pytest.raises(ScheduleError, match=r"no level of sparsity 0.3; its levels are 0, 0.2, 0.5, 0.7"):
         bank.level_of(0.3)
     bound = bank.bind(StageSchedule.from_levels([0, 0.2, 0.5, 0.7, 0.5]))
     assert [level for level, _ in bound] == [0, 1, 2, 3, 2]

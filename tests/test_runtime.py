@@ -6,6 +6,12 @@ import copy
 
 import pytest
 import torch
+from stageprune import StageSchedule, disable_stage_pruning, enable_stage_pruning, is_stage_pruning_enabled
+from stageprune.core.bundle import Bundle
+from stageprune.core.calibration import calibrate
+from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.pruning import prune
+from stageprune.core.runtime import applied, pruner_of
 from support import (
     GUIDANCE,
     LABELS,
@@ -26,13 +32,6 @@ from support import (
     same_state,
     state_of,
 )
-
-from stageprune import StageSchedule, disable_stage_pruning, enable_stage_pruning, is_stage_pruning_enabled
-from stageprune.core.bundle import Bundle
-from stageprune.core.calibration import calibrate
-from stageprune.core.hosts.diffusers import DiffusersHost
-from stageprune.core.pruning import prune
-from stageprune.core.runtime import applied, pruner_of
 
 TOLERANCE = 1e-5
 

@@ -1,0 +1,175 @@
+"""Write docs/results.md, and the table in README.md, from the JSON in results/. No figure is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from common import RESULTS, ROOT
+from quality import show, tables
+
+BEGIN, END = "<!-- results: benchmarks/write_docs.py -->", "<!-- /results -->"
+
+
+def main() -> None:
+    """Rewrite both files."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    sections = [HEAD, machine(found["quality"])]
+    sections += [quality(found["quality"]), sharing(found["sharing"]), solver(found["solver"])]
+    sections += [speed(found["dit-xl-cpu"], found["dit-digits-cpu"])]
+    (ROOT / "docs" / "results.md").write_text("\n".join(sections) + "\n", "utf-8")
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    block = f"{BEGIN}\n{short_table(found['quality'])}\n{END}"
+    readme.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL), "utf-8")
+
+
+HEAD = """# Results
+
+Written by `python benchmarks/write_docs.py` from `benchmarks/results/*.json`; above each table stands the command that
+measured it. All of it is the small demo pipeline `demo/dit-digits` in float32 on a CPU, unless a table says
+otherwise."""
+
+
+def machine(data: dict[str, Any]) -> str:
+    """What it ran on."""
+    facts = data["environment"]
+    return (
+        f"\nMachine: {facts['cpu']}; Python {facts['python']}, torch {facts['torch']}, diffusers {facts['diffusers']}."
+    )
+
+
+def quality(data: dict[str, Any]) -> str:
+    """All cells, and in words where fewer steps win."""
+    return "\n".join(
+        [
+            "\n## Quality at equal cost\n\n`python benchmarks/quality.py`\n",
+            "Same seeds, guidance 1.5 and DDIM for all. *measured*: error table, exact dynamic programming, check "
+            "on held-out",
+            "seeds, allocated anew for each number of steps, under the MACs that *uniform* executes. *magnitude*: "
+            "the level of",
+            "*uniform*, kept by magnitude, not compensated. *fewer steps* (n): dense with n steps. MSE is of the "
+            "latents.",
+            "Frechet distance is in the judge's 32 features to the real digits, a seed set at a time and pooled "
+            "(few samples",
+            "overstate it; compare within a column).",
+            tables(data),
+            "\n### Who wins\n",
+            *(f"- {line}" for line in winners(data)),
+        ]
+    )
+
+
+def winners(data: dict[str, Any]) -> list[str]:
+    """For each budget: the better of the measured schedule and fewer steps, metric by metric."""
+    lines = []
+    cells = data["cells"]
+    for key, ours in cells.items():
+        steps, target, name = key.split("/")
+        if name != "measured":
+            continue
+        fewer, uniform = cells[f"{steps}/{target}/fewer steps"], cells[f"{steps}/{target}/uniform"]
+        paired = "fewer steps" if fewer["latent_mse"]["mean"] < ours["latent_mse"]["mean"] else "pruning"
+        frechet = "fewer steps" if fewer["frechet_pooled"] < ours["frechet_pooled"] else "pruning"
+        accuracy = ours["class_accuracy"]["mean"] - fewer["class_accuracy"]["mean"]
+        gain = 1 - ours["latent_mse"]["mean"] / uniform["latent_mse"]["mean"]
+        lines.append(
+            f"{steps} steps, {target} of the MACs: paired error {paired}, Frechet distance {frechet}, class accuracy "
+            f"{accuracy:+.1%} for pruning; the measured schedule has {gain:.0%} less paired error than uniform."
+        )
+    return lines
+
+
+def sharing(data: dict[str, Any]) -> str:
+    """Shared and per-stage orders and consumers."""
+    lines = [
+        "\n## Shared or per stage\n\n`python benchmarks/sharing.py`\n",
+        f"Latent MSE at {data['steps']} steps, {data['sets']} seed sets of {data['images']}; 5 equal stages.\n",
+        "| prompts | order | consumers | at 0.2 | at 0.335 | at 0.505 | measured 0.67 | memory / dense | switch ms "
+        "| bank MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        errors = [show(row[name]) if name in row else "" for name in ("0.2", "0.335", "0.505", "measured 0.67")]
+        facts = [f"{row[name]:.2f}" if name in row else "" for name in ("resident_over_dense", "switch_ms", "bank_mib")]
+        cells = [str(row["prompts"]), row["order"], row["consumers"], *errors, *facts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def solver(data: dict[str, Any]) -> str:
+    """Exactness of the compensation."""
+    rows = data["rows"]
+    faster = sorted(row["each_ms"] / row["once_ms"] for row in rows)
+    worst = max(row["worst"] for row in rows)
+    return (
+        "\n## Compensation\n\n`python benchmarks/solver.py`\n\n"
+        f"Against float64 least squares on the kept columns, for {len(rows)} consumers (real and random) at "
+        f"{len(data['levels'])} levels: worst relative difference {worst:.0e}. One Cholesky for all levels is "
+        f"{faster[0]:.1f} to {faster[-1]:.1f} times as fast as a solve a level."
+    )
+
+
+def speed(xl: dict[str, Any], demo: dict[str, Any]) -> str:
+    """Timings of DiT-XL/2 and of the demo's images."""
+    timed, images = xl["levels"], demo["images"]
+    facts = timed["environment"]
+    lines = [
+        "\n## Speed and memory\n",
+        "`stageprune bench dit-xl --batch 4 --out benchmarks/results/dit-xl-cpu.json` (DiT-XL/2-256, random weights)\n",
+        f"Batch {timed['batch']}, {timed['rounds']} interleaved rounds, medians; {facts['device']}, {facts['threads']} "
+        f"threads, {facts['dtype']}.\n",
+        "| sparsity | ms | speed-up | MAC-ideal | measured / ideal | weights held / dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in timed["levels"]:
+        lines.append(
+            f"| {row['sparsity']:g} | {row['milliseconds']:.0f} | {row['speedup']:.2f} | {row['ideal']:.2f} | "
+            f"{row['efficiency']:.2f} | {row['bytes'] / timed['dense_bytes']:.2f} |"
+        )
+    lines += [
+        f"\nA switch takes {timed['switch_milliseconds']:.2f} ms; five of them are "
+        f"{timed['switch_share_of_a_20_step_image']:.4%} of a 20-step image. With all of these levels resident: "
+        f"{timed['all_bytes'] / timed['dense_bytes']:.2f} x dense.",
+        "\n`stageprune bench demo/dit-digits --bundle out/demo/bundle --batch 16 --out "
+        "benchmarks/results/dit-digits-cpu.json`\n",
+        "| stage | calls | dense ms | pruned ms | speed-up | MAC-ideal |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = [*map(str, range(len(images["stages"]))), "image"]
+    for name, row in zip(names, [*images["stages"], images["image"]], strict=True):
+        lines.append(
+            f"| {name} | {row['calls']} | {row['dense_ms']:.0f} | {row['pruned_ms']:.0f} | {row['speedup']:.2f} | "
+            f"{row['ideal']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def short_table(data: dict[str, Any]) -> str:
+    """The README's table: 20 steps and 4 steps, at 0.67 and 0.5."""
+    cells = data["cells"]
+    total = data["sets"] * data["count"]
+    lines = [
+        f"Demo pipeline, {data['environment']['cpu']}, float32, DDIM, guidance 1.5, {total} images a row in "
+        f"{data['sets']} "
+        "seed sets (`python benchmarks/quality.py`):\n",
+        "| steps | budget | variant | MACs run | paired MSE | class accuracy | Frechet |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for steps in (20, 4):
+        for key, cell in cells.items():
+            run, target, name = key.split("/")
+            if int(run) != steps or float(target) not in (1.0, 0.67, 0.5):
+                continue
+            label = f"dense, {cell['steps_run']} steps" if name == "fewer steps" else name
+            bold = "**" if name == "measured" else ""
+            lines.append(
+                f"| {run} | {target} | {bold}{label}{bold} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
+                f"{cell['class_accuracy']['mean']:.3f} | {cell['frechet_pooled']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Allocation: exact choice, a table that means what it says, and a denoiser left as it was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import stageprune
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stageprune import StageSchedule
+from stageprune.core.calibration import calibrate
+from stageprune.core.errors import AllocationError, ScheduleError
+from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.planning import Probes, allocate, best_levels, measure_error_table
+from stageprune.core.planning.allocate import TOLERANCE
+from stageprune.core.planning.probes import stage_starts
+from stageprune.core.pruning import prune
+from stageprune.core.runtime import applied
+from stageprune.core.schedule import executed_cost
+from support import GUIDANCE, inside, latents, make_pipe, same_state, state_of
+
+SPARSITIES = (0.0, 0.2, 0.5, 0.7)
+PROMPTS = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def fine_bank():
+    host = DiffusersHost(make_pipe())
+    return prune(host, calibrate(host, [1, 2, 3] * 8, steps=5), levels=SPARSITIES, multiple=8)
+
+
+@st.composite
+def problems(draw):
+    stages, levels = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    number = st.integers(0, 30)
+    table = st.lists(st.lists(number, min_size=levels, max_size=levels), min_size=stages, max_size=stages)
+    return draw(table), draw(table), draw(st.integers(0, 120))
+
+
+@given(problems(), st.integers(1, 6))
+def test_best_levels_is_brute_force(problem, count):
+    """The k best, exactly, ties included (tied choices may differ, their errors may not)."""
+    costs, errors, budget = problem
+    every = []
+    for choice in itertools.product(*(range(len(row)) for row in costs)):
+        cost = sum(row[level] for row, level in zip(costs, choice, strict=True))
+        if cost <= budget:
+            every.append((sum(row[level] for row, level in zip(errors, choice, strict=True)), choice))
+    every.sort()
+    found = best_levels(costs, [[float(e) for e in row] for row in errors], budget, count)
+    assert len(found) == len(set(found)) == min(count, len(every))
+    assert all(choice in {each for _, each in every} for choice in found)
+    got = [sum(row[level] for row, level in zip(errors, choice, strict=True)) for choice in found]
+    assert got == [error for error, _ in every[:count]]
+
+
+def test_table_is_what_independent_runs_give(host, fine_bank):
+    steps, stages = 10, StageSchedule.from_levels([0.0] * 5)
+    seeds = list(range(50, 58))
+    dense = _run(host, seeds, steps)
+    with applied(host, fine_bank) as pruner:
+        probes = Probes(host, pruner, stages, PROMPTS, seeds, steps=steps, guidance=GUIDANCE, batch_size=3)
+        table = measure_error_table(probes, fine_bank.sparsities, steps)
+        for stage, level in itertools.product(range(5), range(4)):
+            pruner.schedule = stages.with_levels([SPARSITIES[level] if i == stage else 0.0 for i in range(5)])
+            errors = (_run(host, seeds, steps) - dense).square().flatten(1).mean(1)
+            assert table.errors[stage][level] == pytest.approx(float(errors.mean()), rel=1e-3, abs=1e-9)
+            if level:
+                assert table.standard_errors[stage][level] == pytest.approx(float(errors.std() / 8**0.5), rel=1e-2)
+    assert [row[0] for row in table.errors] == [0.0] * 5
+    assert all(row[3] > row[1] > 0 for row in table.errors)
+    assert table.predict([0.2, 0, 0, 0.7, 0]) == pytest.approx(table.errors[0][1] + table.errors[3][3])
+    assert table.probes == 8 and "8 probes, 10 steps" in str(table)
+
+
+def _run(host, seeds, steps):
+    conditions, state = host.encode(PROMPTS), host.start(host.noise(seeds), steps)
+    return host.advance(state, conditions, GUIDANCE, len(host.taus(steps))).latents
+
+
+@pytest.mark.parametrize("target", [0.8, 0.67, 0.5])
+@pytest.mark.parametrize("steps", [5, 10])
+def test_measured_is_never_worse_than_uniform(host, fine_bank, target, steps):
+    found = allocate(host, fine_bank, target=target, steps=steps, prompts=PROMPTS)
+    by_name = {candidate.name: candidate for candidate in found.candidates}
+    best = found.candidates[0]
+    uniform = min(candidate.measured for candidate in found.candidates if len(set(candidate.levels)) == 1)
+    assert list(best.levels) == found.schedule.levels
+    assert best.measured == min(candidate.measured for candidate in by_name.values()) <= uniform
+    assert found.executed.share <= target + TOLERANCE
+    macs = fine_bank.macs(stageprune.core.groups.measure_cost(host.denoiser))
+    assert found.executed == executed_cost(found.schedule, host.taus(steps), macs)
+    assert found.table.predict(best.levels) == best.predicted
+    assert json.loads(json.dumps(found.to_dict()))["strategy"] == "measured"
+    assert f"target {target:.3f} of the dense MACs, executes {found.executed.share:.3f}" in str(found)
+
+
+def test_held_out_seeds_are_not_those_of_the_table(host, fine_bank, monkeypatch):
+    drawn = []
+    real = DiffusersHost.noise
+    monkeypatch.setattr(DiffusersHost, "noise", lambda self, seeds: drawn.append(list(seeds)) or real(self, seeds))
+    allocate(host, fine_bank, target=0.7, prompts=PROMPTS, steps=5)
+    assert drawn == [[10_000, 10_001, 10_002, 10_003], [10_004, 10_005, 10_006, 10_007]]
+
+
+def test_uniform_is_the_dearest_level_within_the_budget(host, fine_bank):
+    macs = fine_bank.macs(stageprune.core.groups.measure_cost(host.denoiser))
+    shares = {level: value / macs[0.0] for level, value in macs.items()}
+    for level, share in shares.items():
+        assert allocate(host, fine_bank, target=min(share, 1.0), strategy="uniform").schedule.levels == [level] * 5
+        if level:
+            less = allocate(host, fine_bank, target=share + 0.02, strategy="uniform").schedule.levels[0]
+            assert less == level
+    assert allocate(host, fine_bank, target=1, strategy="uniform").executed.share == 1
+
+
+def test_defaults_come_from_the_calibration(host, fine_bank):
+    found = allocate(host, fine_bank, target=0.7)
+    assert found.table.steps == 5 and found.table.probes == 12
+    assert len(found.schedule.stages) == 5
+
+
+@pytest.mark.parametrize("name", ["shared-stage", "stage-stage"])
+def test_a_bank_with_stages_is_allocated_over_them(host, banks, name):
+    found = allocate(host, banks[name], target=0.7)
+    assert found.schedule.edges == list(banks[name].edges)
+    with pytest.raises(ScheduleError, match="crosses a boundary of the bank"):
+        allocate(host, banks[name], target=0.7, stages=3)
+
+
+def test_stage_starts():
+    stages = StageSchedule.from_levels([0.0] * 3)
+    assert stage_starts(stages, [1.0, 0.9, 0.6, 0.3, 0.1], 5) == [0, 2, 3]
+    with pytest.raises(AllocationError, match=r"no step of a 2-step run falls in stage 1 \(tau 0.666667 to 0.333333\)"):
+        stage_starts(stages, [1.0, 0.1], 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0.1}, r"`target` 0.1 cannot be met: the bank's highest level still executes 0\.\d{3} of the dense"),
+        ({"target": "macs:2"}, "`target` must look like"),
+        ({"strategy": "best"}, "`strategy` must be one of uniform, measured; got 'best'"),
+        ({"stages": 12, "steps": 10}, r"no step of a 10-step run falls in stage"),
+        ({"stages": [0.99], "steps": 10, "prompts": PROMPTS[:3]}, "needs at least 4 probe prompts, got 3"),
+        ({"stages": 0}, "`stages` must be at least 1"),
+    ],
+)
+def test_refused_and_restored(host, fine_bank, arguments, message):
+    state, structure = state_of(host.denoiser), inside(host.denoiser)
+    with pytest.raises(AllocationError, match=message):
+        allocate(host, fine_bank, **{"prompts": PROMPTS, **arguments})
+    assert same_state(state, state_of(host.denoiser)) and structure == inside(host.denoiser)
+
+
+@pytest.mark.parametrize("strategy", ["measured", "uniform"])
+def test_the_denoiser_is_restored(pipe, bank, strategy):
+    state, structure, before = state_of(pipe.transformer), inside(pipe.transformer), latents(pipe)
+    allocate(DiffusersHost(pipe), bank, target=0.7, strategy=strategy)
+    assert same_state(state, state_of(pipe.transformer)) and structure == inside(pipe.transformer)
+    assert torch.equal(before, latents(pipe))
+
+
+@pytest.mark.parametrize("calls", [1, 12, 60])
+def test_the_denoiser_is_restored_after_an_exception(pipe, bank, calls):
+    state, left = state_of(pipe.transformer), [calls]
+
+    def interrupt(*_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(interrupt)
+    structure = inside(pipe.transformer)
+    with pytest.raises(KeyboardInterrupt):
+        allocate(DiffusersHost(pipe), bank, target=0.7)
+    assert same_state(state, state_of(pipe.transformer)) and structure == inside(pipe.transformer)
+    hook.remove()
+
+
+def test_a_level_that_breaks_the_model_is_never_chosen(host, fine_bank, monkeypatch):
+    """In half precision a level can overflow: its error is NaN, which must not sort as the best."""
+    real = Probes.errors
+
+    def errors(self, levels, *args):
+        result = real(self, levels, *args)
+        return result * float("nan") if max(levels) > 0.6 else result
+
+    monkeypatch.setattr(Probes, "errors", errors)
+    for target in (0.7, 0.6):
+        found = allocate(host, fine_bank, target=target, prompts=PROMPTS, steps=5)
+        assert max(found.schedule.levels) < 0.6
+        assert found.candidates[0].measured == found.candidates[0].measured, "not NaN"
+
+
+def test_allocate_through_the_public_function(pipe, fine_bank):
+    found = stageprune.allocate(pipe, fine_bank, target="macs:0.67", prompts=PROMPTS)
+    pipe.enable_stage_pruning(stageprune.Bundle(fine_bank, found.schedule))
+    assert pipe.stage_pruning_summary(steps=5).executed.share == pytest.approx(found.executed.share)
