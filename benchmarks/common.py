@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from stageprune.core.api import host_for
 from stageprune.core.environment import describe_environment
 from stageprune.core.evaluation.judge import Judge
 from stageprune.core.files import atomic_file
 from stageprune.core.host import Conditions, Host, sample
 from stageprune.core.hosts.diffusers.load import load_pipeline
-from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import stageprune
 import torch
+from torch import Tensor
+
+import stageprune
 from common import GUIDANCE, LEVELS, MULTIPLE, RESULTS, Demo, mean_and_spread, write_results
 from stageprune.core.evaluation.metrics import class_hits, frechet, mse
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied
 from stageprune.core.schedule import StageSchedule
-from torch import Tensor
 
 TARGETS = (0.8, 0.67, 0.5)
 STEPS = (20, 8, 4)

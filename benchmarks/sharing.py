@@ -6,13 +6,14 @@ import statistics
 import time
 from typing import Any
 
+from torch import Tensor
+
 import stageprune
 from common import GUIDANCE, LEVELS, MULTIPLE, Demo, mean_and_spread, write_results
 from stageprune.core.calibration import Calibration
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied, resident_bytes
 from stageprune.core.schedule import StageSchedule
-from torch import Tensor
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
 TESTED = (0.2, 0.335, 0.505)

@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import stageprune
 import torch
+from torch import Tensor
+
+import stageprune
 from common import LEVELS, MULTIPLE, Demo, write_results
 from stageprune.core.pruning.compensate import compensate, damp, with_bias
-from torch import Tensor
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # so that every test module can import `support`
 
 import pytest
-import stageprune
 import torch
 from hypothesis import HealthCheck, settings
+
+import stageprune
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import Calibration, calibrate
 from stageprune.core.hosts.diffusers import DiffusersHost

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+
 from stageprune.core.groups.check import sliced
 from stageprune.core.groups.group import linear_at
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import Bank
 from stageprune.core.schedule import StageSchedule
-from torch import Tensor, nn
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
 SHARING_IDS = [f"{order}-{consumers}" for order, consumers in SHARINGS]

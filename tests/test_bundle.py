@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from stageprune import Bundle, StageSchedule, disable_stage_pruning, enable_stage_pruning, load_bundle
 from stageprune.core.bundle import FORMAT_VERSION, MANIFEST
 from stageprune.core.bundle import bundle as bundle_module

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from stageprune import Bundle, StagePruneError, enable_stage_pruning
 from stageprune.core.bundle import MANIFEST
 from stageprune.core.bundle.manifest import MAX_MANIFEST_BYTES, TENSORS
@@ -63,6 +64,9 @@ def refused(pipe, folder: Path, message: str, file: str = "", error: type = Bund
 
 def test_missing_folder_or_manifest(pipe, folder, tmp_path):
     refused(pipe, tmp_path / "nowhere", "no such bundle folder")
+    for name in ("./nowhere", "../nowhere", "nowhere", "out/-x", "out//b"):  # some look like a name on the Hub
+        with untouched(pipe), pytest.raises(BundleError, match="no such"):
+            enable_stage_pruning(pipe, name)
     (folder / MANIFEST).unlink()
     refused(pipe, folder, r"stageprune.json: missing; bundle is not a bundle", MANIFEST)
 

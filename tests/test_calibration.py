@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import stageprune
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import stageprune
 from stageprune.core.calibration import Calibration, calibrate, step_weights
 from stageprune.core.errors import CalibrationError, ScheduleError, StagePruneError
 from stageprune.core.groups import consumer_sites, find_groups, width_groups
@@ -214,8 +215,9 @@ def test_too_few_data(pipe):
     with pytest.raises(CalibrationError, match=r"too few .*net.2` has 161 columns but saw only 64 inputs \(") as caught:
         stageprune.calibrate(pipe, [1, 2], steps=1)
     assert "Use at least 3 times as many prompts or steps" in str(caught.value)
-    with pytest.raises(CalibrationError, match="saw only 0 inputs in one of its stages"):
+    with pytest.raises(CalibrationError, match="saw only 0 inputs in one of its stages") as caught:
         stageprune.calibrate(pipe, [1, 2] * 20, steps=2, stages=5)
+    assert "as many prompts" not in str(caught.value), "no number of prompts helps a stage that no step visits"
 
 
 def test_the_advice_on_too_few_data_suffices(pipe):

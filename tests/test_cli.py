@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from stageprune.core import cli
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import Calibration

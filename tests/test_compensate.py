@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import consumer_sites
@@ -24,7 +25,7 @@ DAMPING = 0.01
 def least_squares(weight, rows, kept, damping):
     """Weight and bias on the kept columns that best keep the dense output on `rows`, ridge on all but the bias.
 
-    Fits [X; sqrt(lambda) I] on the kept columns to the dense output, the damping rows included, with torch's SVD solver.
+    Fits [X; sqrt(lambda) I] on the kept columns to the dense output, damping rows included, by torch's SVD solver.
     """
     width = rows.shape[1]
     data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+
 from stageprune import Bundle, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune

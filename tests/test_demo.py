@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from stageprune.core import demo
 from stageprune.core.bundle import Bundle
 from stageprune.core.evaluation import load_judge

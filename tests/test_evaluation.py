@@ -7,8 +7,9 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-import stageprune
 import torch
+
+import stageprune
 from stageprune.core.errors import StagePruneError
 from stageprune.core.evaluation import (
     Judge,

@@ -8,6 +8,10 @@ import time
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from stageprune import check_slice_equals_mask, families, find_groups, register_family
 from stageprune.core.errors import GroupError
 from stageprune.core.groups import Attribute, Cols, Group, Rows, family_of, measure_cost, width_groups
@@ -17,9 +21,6 @@ from stageprune.core.groups.group import check_groups, consumer_sites, linear_at
 from stageprune.core.groups.registry import _FAMILIES
 from stageprune.core.pruning.levels import kept_counts
 from support import make_denoiser, same_state, state_of
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 CONFIGS = {
     "5x8": {},

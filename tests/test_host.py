@@ -7,8 +7,9 @@ import logging
 
 import diffusers
 import pytest
-import stageprune
 import torch
+
+import stageprune
 from stageprune import StagePruneError
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost, attach, detach, find_denoiser, reader_for
@@ -16,8 +17,10 @@ from stageprune.core.hosts.diffusers.attach import METHODS
 from stageprune.core.hosts.diffusers.timesteps import TimestepReader
 from support import GUIDANCE, LABELS, images, make_pipe
 
-# Ancestral and SDE samplers, and DDPM, draw noise for the doubled batch of guidance, so that no two ways of driving them
-# agree. LMS needs scipy. Everything else that DiTPipeline can run is here.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+
+# Ancestral and SDE samplers, and DDPM, draw noise for the doubled batch of guidance, so that no two ways of driving
+# them agree. LMS needs scipy. Everything else that DiTPipeline can run is here.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
     "ddim-leading": ("DDIMScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),

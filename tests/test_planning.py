@@ -6,10 +6,11 @@ import itertools
 import json
 
 import pytest
-import stageprune
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import stageprune
 from stageprune import StageSchedule
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import AllocationError, ScheduleError

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stageprune import StageSchedule, methods, register_method
 from stageprune.core.errors import BankError, CalibrationError, ScheduleError
 from stageprune.core.groups import DenoiserCost, Group, measure_cost

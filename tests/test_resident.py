@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from stageprune import Bundle, StagePruneError, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.runtime import StagePruner, linear, pruner, pruner_of, resident_bytes

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from stageprune import StageSchedule, disable_stage_pruning, enable_stage_pruning, is_stage_pruning_enabled
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import calibrate

@@ -6,15 +6,16 @@ import copy
 import logging
 
 import pytest
-import stageprune
 import torch
+from torch import nn
+
+import stageprune
 from stageprune import StagePruneError, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.bundle import Bundle
 from stageprune.core.errors import BankError, GroupError, ScheduleError
 from stageprune.core.hosts.diffusers import DiffusersHost, reader_for
 from stageprune.core.runtime import applied, linear, pruner, pruner_of, summarise
 from support import LABELS, LEVELS, SCHEDULE, TAUS, images, make_pipe, same_state, state_of, untouched
-from torch import nn
 
 
 def test_enable_twice(pipe, bundle):

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stageprune import Stage, StageSchedule
 from stageprune.core.errors import AllocationError, ScheduleError
 from stageprune.core.schedule import Target, executed_cost
