@@ -20,7 +20,7 @@ from stageprune.core.hosts.diffusers.load import load_pipeline
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo" / "dit-digits"
-LEVELS = (0.0, 0.1, 0.2, 0.335, 0.42, 0.505, 0.6, 0.7)
+LEVELS = (0.0, 0.1, 0.205, 0.335, 0.42, 0.51, 0.6, 0.7)  # 0.205, 0.335 and 0.51 execute 0.8, 0.67 and 0.5
 MULTIPLE = 16
 GUIDANCE = 1.5
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import stageprune
 from common import GUIDANCE, LEVELS, MULTIPLE, RESULTS, Demo, mean_and_spread, write_results
 from stageprune.core.evaluation.metrics import class_hits, frechet, mse
+from stageprune.core.planning.allocate import TOLERANCE
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied
 from stageprune.core.schedule import StageSchedule
@@ -31,7 +32,7 @@ def main() -> None:
     """Run all cells that are not done yet, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", type=int, default=5, help="seed sets")
-    parser.add_argument("--count", type=int, default=100, help="images a seed set")
+    parser.add_argument("--count", type=int, default=50, help="images a seed set")
     parser.add_argument("--print", action="store_true", help="only print the tables of earlier results")
     options = parser.parse_args()
     path = RESULTS / "quality.json"
@@ -67,7 +68,12 @@ class Runner:
                 key = f"{steps}/{target}"
                 if key not in self.data.setdefault("allocations", {}):
                     allocation = stageprune.allocate(
-                        self.demo.pipe, self.obs, target=share, steps=steps, prompts=self.demo.labels(60), table=table
+                        self.demo.pipe,
+                        self.obs,
+                        target=share - TOLERANCE,
+                        steps=steps,
+                        prompts=self.demo.labels(60),
+                        table=table,
                     )
                     table = allocation.table
                     self.data["allocations"][key] = allocation.to_dict()
@@ -108,7 +114,7 @@ class Runner:
         demo, count = self.demo, self.data["count"]
         seeds = list(range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count))
         with pruned(demo, bank, schedule):
-            latents = demo.sample(seeds, run)
+            latents = demo.sample(seeds, run) if bank is not None or run != steps else self.reference(index, steps)
         images = demo.images(latents)
         dense, fine = self.reference(index, steps), self.reference(index, REFERENCE_STEPS)
         with torch.no_grad():

@@ -16,8 +16,8 @@ from stageprune.core.runtime import StagePruner, applied, resident_bytes
 from stageprune.core.schedule import StageSchedule
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
-TESTED = (0.2, 0.335, 0.505)
-STEPS, COUNT, SETS = 20, 30, 3
+TESTED = (0.205, 0.335, 0.51)
+STEPS, COUNT, SETS = 20, 20, 3
 
 
 def main() -> None:

@@ -86,12 +86,12 @@ def sharing(data: dict[str, Any]) -> str:
     lines = [
         "\n## Shared or per stage\n\n`python benchmarks/sharing.py`\n",
         f"Latent MSE at {data['steps']} steps, {data['sets']} seed sets of {data['images']}; 5 equal stages.\n",
-        "| prompts | order | consumers | at 0.2 | at 0.335 | at 0.505 | measured 0.67 | memory / dense | switch ms "
+        "| prompts | order | consumers | at 0.205 | at 0.335 | at 0.51 | measured 0.67 | memory / dense | switch ms "
         "| bank MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
-        errors = [show(row[name]) if name in row else "" for name in ("0.2", "0.335", "0.505", "measured 0.67")]
+        errors = [show(row[name]) if name in row else "" for name in ("0.205", "0.335", "0.51", "measured 0.67")]
         facts = [f"{row[name]:.2f}" if name in row else "" for name in ("resident_over_dense", "switch_ms", "bank_mib")]
         cells = [str(row["prompts"]), row["order"], row["consumers"], *errors, *facts]
         lines.append(f"| {' | '.join(cells)} |")

@@ -27,7 +27,7 @@ class DemoRecipe:
     images: int = 60
     steps: int = 20
     guidance: float = 1.5
-    levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.335, 0.42, 0.505, 0.6, 0.7)
+    levels: tuple[float, ...] = (0.0, 0.1, 0.205, 0.335, 0.42, 0.51, 0.6, 0.7)
     multiple: int = 16
 
 

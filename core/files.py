@@ -43,7 +43,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.replace(old)
         try:
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.replace(path)
             raise

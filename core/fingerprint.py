@@ -6,6 +6,7 @@ Sampled values are compared with a tolerance, so a model loaded in half precisio
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,11 @@ class Fingerprint:
             return "the pruned Linears differ"
         mine, theirs = torch.tensor(self.samples), torch.tensor(other.samples)
         scale = mine.abs().mean(dim=1, keepdim=True)
-        differ = ((mine - theirs).abs() > TOLERANCE * (mine.abs() + scale)).any(dim=1)
+        differ = ~((mine - theirs).abs() <= TOLERANCE * (mine.abs() + scale)).all(dim=1)  # NaN differs from everything
         if bool(differ.any()):
-            return f"the weights differ ({int(differ.sum())} of {len(differ)} sampled tensors): another fine-tune?"
+            return (
+                f"the weights differ ({int(differ.sum())} of {len(differ)} sampled tensors; perhaps another fine-tune)"
+            )
         return None
 
     def to_dict(self) -> dict[str, object]:
@@ -54,7 +57,12 @@ class Fingerprint:
         architecture, samples = data.get("architecture"), data.get("samples")
         if not isinstance(architecture, str) or not isinstance(samples, list):
             raise ValueError("a fingerprint needs `architecture` (text) and `samples` (lists of numbers).")
-        rows = tuple(tuple(float(value) for value in row) for row in samples)
+        try:
+            rows = tuple(tuple(float(value) for value in row) for row in samples)
+        except OverflowError:
+            raise ValueError("a fingerprint's `samples` must be finite numbers.") from None
+        if any(not math.isfinite(value) for row in rows for value in row):
+            raise ValueError("a fingerprint's `samples` must be finite numbers.")
         if any(len(row) != SAMPLES_PER_TENSOR for row in rows):
             raise ValueError(f"each row of a fingerprint's `samples` needs {SAMPLES_PER_TENSOR} numbers.")
         return cls(architecture, rows)

@@ -28,9 +28,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from stageprune.core.evaluation.judge import Judge
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stageprune.core.evaluation.judge import Judge
 
 log = logging.getLogger("train_dit_digits")
 
@@ -320,21 +321,23 @@ def score(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, float]:
     return {"recognised": judge.recognised(images, labels), "frechet": round(judge.frechet(images), 4)}
 
 
-def nearest(images: Tensor, references: Tensor, rank: int = 1) -> float:
-    """Mean over images of the root mean square pixel difference to the nearest (or `rank`-th nearest) reference."""
-    distances = torch.cdist(images.flatten(1), references.flatten(1)) / math.sqrt(images[0].numel())
-    return round(float(distances.kthvalue(rank, dim=1).values.mean()), 4)
+def measure_copies(settings: Settings, samples: Tensor, fresh: Tensor, order: Tensor) -> None:
+    """Root mean square pixel distance to the nearest training image: would copies of the training set stand out?
+
+    Training saw other versions of the digits in `fresh`: they are as near as a copied digit is. With all versions
+    of its own digit (`order`) left out, the same image is as near as a new digit should be.
+    """
+    images, generator = digits()[0], torch.Generator().manual_seed(settings.seed + 2)  # as in train_dit
+    copies = torch.cat([augment(images, generator) for _ in range(settings.copies)])
+    sampled, real = (torch.cdist(kind.flatten(1), copies.flatten(1)) / IMAGE_SIZE for kind in (samples, fresh))
+    other = real.masked_fill(order[:, None] == torch.arange(len(copies)) % len(images), math.inf)
+    named = {"samples": sampled, "real": real, "real_without_own_digit": other}
+    means = {name: round(float(distances.amin(dim=1).mean()), 4) for name, distances in named.items()}
+    record(settings, nearest_training_image=means)
 
 
-def contact_sheet(rows: list[Tensor], path: Path) -> None:
-    """One picture of grey images, a tensor per row, every pixel doubled."""
-    sheet = torch.cat([torch.cat(list(row[:, 0]), dim=1) for row in rows])
-    picture = Image.fromarray((sheet * 255).round().byte().numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path, optimize=True)
-
-
-def measure_real(settings: Settings, judge: Judge) -> Tensor:
-    """What the judge says of real digits, bare and through the autoencoder; returns augmented real digits."""
+def measure_real(settings: Settings, judge: Judge) -> tuple[Tensor, Tensor]:
+    """What the judge says of real digits, bare and through the autoencoder; returns those and their indices."""
     images, labels = digits()
     held = split(labels)[1]
     generator = torch.Generator().manual_seed(settings.seed + 4)
@@ -349,27 +352,25 @@ def measure_real(settings: Settings, judge: Judge) -> Tensor:
         real_through_vae=score(judge, decoded, labels[order]),
         vae_psnr_db=round(-10 * math.log10(float((decoded - fresh).square().mean())), 1),
     )
-    return fresh
+    return fresh, order
 
 
 def measure(settings: Settings) -> None:
     """Every figure of the README, from the saved files."""
     judge = Judge.load(settings.out / "judge")
-    fresh, originals = measure_real(settings, judge), enlarge(digits()[0])
-    rows = [originals[:20]]  # the data set begins 0 1 2 3 4 5 6 7 8 9 twice, as the samples do
+    fresh, order = measure_real(settings, judge)
+    rows = [enlarge(digits()[0][:20])]  # the data set begins 0 1 2 3 4 5 6 7 8 9 twice, as the samples do
     for steps in (20, 8, 4):
-        started = time.perf_counter()
         samples, wanted = generate(settings, steps)
-        figures = {**score(judge, samples, wanted), "seconds": round(time.perf_counter() - started, 1)}
-        record(settings, **{f"samples_{steps}_steps": figures})
+        record(settings, **{f"samples_{steps}_steps": score(judge, samples, wanted)})
         rows += [samples[start : start + 20] for start in (range(0, 80, 20) if steps == 20 else (0,))]
         if steps == 20:
-            distances = {"samples": nearest(samples, originals), "real_augmented": nearest(fresh, originals)}
-            # The nearest to an original is itself, so the second counts.
-            record(settings, nearest_real_digit={**distances, "real_to_another": nearest(originals, originals, 2)})
-    contact_sheet(rows, settings.out / "samples.png")
-    size = sum(path.stat().st_size for path in settings.out.rglob("*") if path.is_file())
-    record(settings, folder_megabytes=round(size / 1e6, 2))
+            measure_copies(settings, samples, fresh, order)
+    sheet = torch.cat([torch.cat(list(row[:, 0]), dim=1) for row in rows]).mul(255).round().byte()
+    picture = Image.fromarray(sheet.numpy()).resize((2 * sheet.shape[1], 2 * sheet.shape[0]), Image.Resampling.NEAREST)
+    picture.save(settings.out / "samples.png", optimize=True)
+    files = [path for path in settings.out.rglob("*") if path.is_file()]
+    record(settings, folder_megabytes=round(sum(path.stat().st_size for path in files) / 1e6, 2))
 
 
 STAGES = {"judge": train_judge, "vae": train_vae, "dit": train_dit, "measure": measure}
@@ -380,8 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo host demo/dit-digits from nothing.")
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("dit-digits"), help="the host's folder")
-    checkpoints = Path(tempfile.gettempdir()) / "dit-digits-checkpoint"
-    parser.add_argument("--work", type=Path, default=checkpoints, help="folder for checkpoints of the transformer")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "dit-digits"), help="for checkpoints")
     parser.add_argument("--dit-steps", type=int, default=Settings.dit_steps, help="optimiser steps of the transformer")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

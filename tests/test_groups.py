@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,6 +45,25 @@ def test_slice_equals_mask(denoiser):
         assert len(checks) == 2 * len(denoiser.transformer_blocks) + 1
         assert all(check.kept == max(1, (check.size + 1) // 2) for check in checks)
     assert same_state(state, state_of(denoiser))
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)], ids=type)
+def test_slice_equals_mask_for_every_attention_processor(processor):
+    """Processors differ in the attribute that they take the number of heads from."""
+    denoiser = make_denoiser()
+    for block in denoiser.transformer_blocks:
+        block.attn1.set_processor(processor)
+    check_slice_equals_mask(denoiser, tolerance=2e-6)
+
+
+def test_every_attribute_of_attention_follows():
+    denoiser = make_denoiser()
+    attention = denoiser.transformer_blocks[0].attn1
+    names = ("heads", "sliceable_head_dim", "inner_dim", "inner_kv_dim")
+    dense = [getattr(attention, name) for name in names]
+    with sliced(denoiser, find_groups(denoiser), {"blocks.0.attn": torch.tensor([4, 1])}):
+        assert [getattr(attention, name) for name in names] == [2, 2, 16, 16]
+    assert [getattr(attention, name) for name in names] == dense == [5, 5, 40, 40]
 
 
 def test_removing_units_changes_the_output(denoiser):

@@ -93,7 +93,13 @@ class Bundle:
         }
         kept = {name: tuple(counts[level] for level in levels) for name, counts in bank.kept.items()}
         sparsities = tuple(bank.sparsities[level] for level in levels)
-        return Bundle(replace(bank, consumers=consumers, kept=kept, sparsities=sparsities), self.schedule)
+        realised = bank.provenance.get("realised", ())
+        provenance = (
+            {**bank.provenance, "realised": [realised[level] for level in levels]} if realised else bank.provenance
+        )
+        return Bundle(
+            replace(bank, consumers=consumers, kept=kept, sparsities=sparsities, provenance=provenance), self.schedule
+        )
 
     def _manifest(self) -> Manifest:
         bank = self.bank

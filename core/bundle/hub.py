@@ -20,13 +20,13 @@ def load_bundle(name: str | Path, revision: str | None = None) -> Bundle:
     Raises:
         BundleError: neither exists, or the bundle is invalid.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return Bundle.load(name)
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (not needed for local bundles)
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         folder = snapshot_download(str(name), revision=revision, allow_patterns=[MANIFEST, TENSORS, "README.md"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BundleError(f"{name}: no such folder, and the Hub gave no such repository ({error}).") from None
     return Bundle.load(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,7 +105,7 @@ class _Reader:
         """A list of finite numbers."""
         values = self.get(key, list)
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise BundleError(f"{self.where}: `{key}` must hold finite numbers, got {value!r:.80}.")
         return tuple(float(value) for value in values)
 
@@ -149,7 +149,7 @@ def _parse(reader: _Reader) -> Manifest:
         dtype=_choice(reader, "dtype", ("float32", "float16", "bfloat16", "float64")),
         schedule=_schedule(reader),
         realised=reader.numbers("realised"),
-        provenance=reader.get("provenance", dict),
+        provenance=_provenance(reader),
         files=_files(reader),
     )
 
@@ -222,6 +222,13 @@ def _consumers(reader: _Reader, groups: tuple[Group, ...]) -> dict[str, tuple[in
 def _schedule(reader: _Reader) -> StageSchedule | None:
     data = reader.get("schedule", (dict, type(None)))
     return None if data is None else _try(reader, "schedule", lambda: StageSchedule.from_dict(data))
+
+
+def _provenance(reader: _Reader) -> dict[str, Any]:
+    data: dict[str, Any] = reader.get("provenance", dict)
+    if not isinstance(data.get("calibration"), dict | None):
+        raise reader.fail("provenance", "must hold an object or null at `calibration`")
+    return data
 
 
 def _files(reader: _Reader) -> dict[str, FileEntry]:

@@ -148,7 +148,7 @@ class _Run:
             differing.append("model")
         if differing:
             raise CalibrationError(
-                f"`checkpoint` {checkpoint} belongs to another calibration: {', '.join(differing)} differ(s). "
+                f"`checkpoint` {checkpoint} belongs to another calibration: not the same {', '.join(differing)}. "
                 "Delete it, or name another file."
             )
         for path, hessian in saved.hessians.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,10 +63,15 @@ class Calibration:
             have = int(seen.min() if per_stage else seen.sum())
             if have < need:
                 where = "in one of its stages " if per_stage else ""
+                times = math.ceil(need / max(have, 1))
+                remedy = (
+                    f"Use at least {times} times as many prompts or steps."
+                    if have
+                    else "No step falls in that stage: use more steps, or fewer `stages`."
+                )
                 raise CalibrationError(
                     f"too few calibration data: `{path}` has {need} columns but saw only {have} inputs {where}"
-                    f"(tokens x steps x prompts). Use at least {need / max(have, 1):.0f} times as many prompts or "
-                    "steps."
+                    f"(tokens x steps x prompts). {remedy}"
                 )
 
     def save(self, path: str | Path) -> Path:
@@ -103,9 +109,9 @@ class Calibration:
                 rows={name[5:]: tensor for name, tensor in tensors.items() if name.startswith("rows.")},
                 edges=tuple(float(edge) for edge in json.loads(meta["edges"])),
                 fingerprint=Fingerprint.from_dict(json.loads(meta["fingerprint"])),
-                provenance=json.loads(meta["provenance"]),
+                provenance=dict(json.loads(meta["provenance"]).items()),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{source}: its metadata are damaged ({error}).") from None
         result._check(source)
         return result

@@ -6,7 +6,9 @@ no memory; the groups' share follows exactly from their shapes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +86,27 @@ def _count_flops(denoiser: nn.Module) -> dict[str, int]:
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     inputs = {name: _to_meta(value) for name, value in family_of(denoiser).example_inputs(denoiser).items()}
     # Attention takes its decomposed path on meta tensors, whose two matmuls the counter sees.
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), _bare(denoiser):
         torch.func.functional_call(denoiser, meta, kwargs=inputs)
     return {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
+
+
+@contextmanager
+def _bare(denoiser: nn.Module) -> Iterator[None]:
+    """Without hooks (a user's may read values, which meta tensors lack) and without compiled calls (not countable)."""
+    saved = []
+    for module in denoiser.modules():
+        for name in ("_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl"):
+            saved.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = None if name == "_compiled_call_impl" else OrderedDict()
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            if name == "_compiled_call_impl" and value is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = value
 
 
 def _to_meta(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +201,7 @@ def measured(request: Request, pruner: StagePruner) -> Allocation:
             Candidate(name, levels, table.predict(levels), float(held_out.errors(levels).mean()))
             for name, levels in choices.items()
         ),
-        key=lambda candidate: candidate.measured,
+        key=lambda candidate: math.inf if math.isnan(candidate.measured) else candidate.measured,
     )
     schedule = request.stages.with_levels(candidates[0].levels)
     cost = executed_cost(schedule, taus, macs)
@@ -230,7 +231,8 @@ def _choices(
     calls = executed_cost(table_schedule(table), taus, macs).calls
     costs = [[count * macs[sparsity] for sparsity in table.sparsities] for count in calls]
     budget = int((request.target.value + TOLERANCE) * len(taus) * macs[0.0])
-    models = {"squares": table.errors, "lengths": [[error**0.5 for error in row] for row in table.errors]}
+    finite = [[math.inf if math.isnan(error) else error for error in row] for row in table.errors]
+    models = {"squares": finite, "lengths": [[error**0.5 for error in row] for row in finite]}
     choices: dict[str, tuple[float, ...]] = {}
     for model, errors in models.items():
         for rank, picked in enumerate(best_levels(costs, errors, budget, count=2)):

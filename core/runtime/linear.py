@@ -239,12 +239,14 @@ def to_levels(linear: nn.Linear, variants: Sequence[Consumer], order: Tensor | N
 def to_offloaded(linear: nn.Linear, variants: Sequence[Consumer], order: Tensor | None) -> OffloadedLinear:
     """Make `linear` an OffloadedLinear; `load` must choose a variant before it runs. Arguments as in `to_levels`."""
     held = [(_host(consumer.weight, linear), _host(consumer.bias, linear)) for consumer in variants]
-    _permute_columns(linear, order)
+    columns = torch.arange(linear.in_features) if order is None else order
+    dense = _host(linear.weight[:, columns.to(linear.weight.device)], linear)
+    empty = linear.weight.new_empty(linear.out_features, 0)
     staged = _swap(linear, OffloadedLinear, {"stage_weight": None, "stage_bias": None})
     staged.stage_order = None if order is None else order.cpu()
-    staged.trim({"weight": linear.weight[:, :0]})
+    staged.stage_host["weight"], staged.weight.data = dense, empty
     # The dense bias stays on the device: it is small, and `load(0)` needs none then.
-    staged.stage_held = ((_host(staged.stage_host["weight"], linear), None), *held)
+    staged.stage_held = ((dense, None), *held)
     staged.stage_names = ("stage_order", "stage_weight", "stage_bias", "stage_held")
     return staged
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class StagePruner:
         self._bound: list[int] = []
         try:
             self._attach()
+            _make_room_for_graphs(len(self.variants))
             self.schedule = schedule
             self.switch(0)
             if self.trimmed:
@@ -241,6 +243,16 @@ class StagePruner:
         for staged in self._staged:
             staged.restore()
         self._staged, self._settings, self._gathers, self._offloaded = [], [], [], []
+
+
+def _make_room_for_graphs(variants: int) -> None:
+    """Each variant takes a graph for each memory layout of a block's input; dynamo gives up after 8 by default.
+
+    The limit is the process's: it is only ever raised.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 8 + 4 * variants)
 
 
 def pruner_of(denoiser: nn.Module) -> StagePruner | None:

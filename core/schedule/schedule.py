@@ -7,7 +7,7 @@ of steps, any sampler, and image-to-image runs that begin in the middle.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +36,7 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("high", "low", "sparsity"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise ScheduleError(f"stage `{name}` must be a finite number, got {value!r}.")
             object.__setattr__(self, name, float(value))
         # A sparsity is the name of a level: 0.1 + 0.2 must find the level 0.3.

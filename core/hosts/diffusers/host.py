@@ -90,6 +90,7 @@ class DiffusersHost:
         scheduler = copy.deepcopy(state.sampler)
         latents = state.latents
         for timestep in scheduler.timesteps[state.index : until]:
+            latents = self.adapter.begin_step(scheduler, latents, timestep)
             output = self.adapter.predict(self.pipe, scheduler, latents, timestep, conditions, guidance)
             latents = scheduler.step(output, timestep, latents).prev_sample
         return SamplerState(until, latents, scheduler)

@@ -33,10 +33,13 @@ class PipelineAdapter(Protocol):
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         """Shape of one sample's latents."""
 
+    def begin_step(self, scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The latents that the pipeline hands to the scheduler's step: for most pipelines the ones it got."""
+
     def predict(
         self, pipe: Any, scheduler: Any, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float
     ) -> Tensor:
-        """The guided model output that the scheduler's step takes."""
+        """The guided model output that the scheduler's step takes. `latents` come from `begin_step`."""
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
         """Images in [0, 1], (batch, 3, height, width)."""
@@ -105,13 +108,18 @@ class DiTAdapter:
         config = pipe.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
+    def begin_step(self, scheduler: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Scaled: DiTPipeline overwrites its latents with the scheduler's scaled input and steps from there."""
+        scaled: Tensor = scheduler.scale_model_input(latents, timestep)
+        return scaled
+
     def predict(
         self, pipe: Any, scheduler: Any, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float
     ) -> Tensor:
         """Both passes of guidance in one batch."""
         labels = conditions.tensors["class_labels"]
         guided = guidance > 1
-        inputs = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        inputs = torch.cat([latents] * 2) if guided else latents
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
         times = timestep[None].to(inputs.device).expand(len(inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,8 @@ class TimestepReader:
         if isinstance(value, torch.Tensor):
             value = float((value.amin() if self.reversed else value.amax()).item())
         tau = float(value) / self.scale
+        if math.isnan(tau):
+            raise StagePruneError(f"the denoiser was called with a `{self.argument}` of NaN; its stage cannot be told.")
         return min(max(1 - tau if self.reversed else tau, 0.0), 1.0)
 
 
