@@ -308,7 +308,7 @@ def demo(
     """The main job on a small trained pipeline: calibrate, prune, allocate, generate, report, bundle."""
     from .demo import run_demo
 
-    run_demo(name, out, target, say=console.print)
+    run_demo(name, out, target, say=typer.echo)
 
 
 @app.command()
@@ -381,7 +381,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except StagePruneError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print("error: " + str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as request:
         sys.exit(request.exit_code)
