@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,3 +278,12 @@ def test_reader_of_a_class_without_timesteps():
 
 def test_taus_cover_each_stage():
     assert [SCHEDULE.stage_of(tau) for tau in TAUS] == [0, 1, 2, 3, 4]
+
+
+def test_companion_norms_are_refused_rather_than_left_whole(pipe, banks):
+    """A group may name norms that must be sliced with it; the run time cannot yet, and says so."""
+    bank = banks["shared-shared"]
+    first, *rest = bank.groups
+    odd = replace(bank, groups=(replace(first, companions=("transformer_blocks.0.norm3",)), *rest))
+    with untouched(pipe), pytest.raises(StagePruneError, match=r"norm3` is a norm over the channels of a pruned group"):
+        enable_stage_pruning(pipe, Bundle(odd, SCHEDULE))

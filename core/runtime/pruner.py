@@ -286,6 +286,12 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
             "levels only, "
             "disable and enable with the new schedule."
         )
+    companions = [path for group in bank.groups for path in group.companions]
+    if companions:
+        raise StagePruneError(
+            f"`{companions[0]}` is a norm over the channels of a pruned group, which the run time cannot slice yet; "
+            "prune with `kinds` that leave its group out."
+        )
     paths = {part.path for group in bank.groups for part in group.producers}
     paths |= {part.path for group in bank.groups for part in group.consumers}
     for path in sorted(paths):
