@@ -86,6 +86,7 @@ class StagePruner:
         bound = bank.bind(schedule)
         _check_state(denoiser, bank)
         bank.check_denoiser(denoiser)
+        _check_companions(bank)
         self.denoiser = denoiser
         self.bank = bank
         self.read_tau = read_tau
@@ -286,12 +287,6 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
             "levels only, "
             "disable and enable with the new schedule."
         )
-    companions = [path for group in bank.groups for path in group.companions]
-    if companions:
-        raise StagePruneError(
-            f"`{companions[0]}` is a norm over the channels of a pruned group, which the run time cannot slice yet; "
-            "prune with `kinds` that leave its group out."
-        )
     paths = {part.path for group in bank.groups for part in group.producers}
     paths |= {part.path for group in bank.groups for part in group.consumers}
     for path in sorted(paths):
@@ -307,6 +302,16 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
                 f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, "
                 "then offload."
             )
+
+
+def _check_companions(bank: Bank) -> None:
+    """Norms over a group's channels cannot be sliced yet; leaving them whole would be wrong in silence."""
+    companions = [path for group in bank.groups for path in group.companions]
+    if companions:
+        raise StagePruneError(
+            f"`{companions[0]}` is a norm over the channels of a pruned group, which the run time cannot slice yet; "
+            "prune with `kinds` that leave its group out."
+        )
 
 
 def _full_order(entries: Sequence[tuple[Group, int]], units: Mapping[str, Tensor], columns: int) -> Tensor:
