@@ -125,7 +125,8 @@ def speed(xl: dict[str, Any], demo: dict[str, Any]) -> str:
     facts = timed["environment"]
     lines = [
         "\n## Speed and memory\n",
-        "`stageprune bench dit-xl --batch 4 --out benchmarks/results/dit-xl-cpu.json` (DiT-XL/2-256, random weights)\n",
+        "`stageprune bench dit-xl --batch 4 --rounds 3 --levels 0,0.3,0.5 --out "
+        "benchmarks/results/dit-xl-cpu.json` (DiT-XL/2-256, random weights)\n",
         f"Batch {timed['batch']}, {timed['rounds']} interleaved rounds, medians; {facts['device']}, {facts['threads']} "
         f"threads, {facts['dtype']}.\n",
         "| sparsity | ms | speed-up | MAC-ideal | measured / ideal | weights held / dense |",
