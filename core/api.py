@@ -151,7 +151,7 @@ def allocate(
         bank: the levels to choose from.
         target: `macs:0.67` is 0.67 of the dense MACs over the same steps.
         strategy: `uniform` or `measured` (error table, exact dynamic programming, check on held-out seeds).
-        prompts: of the probes; those of the calibration by default.
+        prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
         stages: number of equal stages or inner boundaries in tau; 5 by default, or the bank's own.

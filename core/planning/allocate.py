@@ -25,6 +25,10 @@ TOLERANCE = 0.005
 """How far, in shares of the dense MACs, a schedule may exceed its budget: kept counts are rounded."""
 
 
+DEFAULT_PROBES = 64
+"""How many of the calibration's prompts are used if none are given; a user's own are all used."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A schedule that was tried, its predicted error and the one measured on held-out seeds."""
@@ -147,7 +151,7 @@ def allocate(
         target: `macs:0.67` is 0.67 of the MACs that the dense model would execute over the same steps.
         strategy: `uniform`, one level everywhere; or `measured`, exact dynamic programming over a measured error table,
             whose best choices are then run on held-out seeds.
-        prompts: probe prompts; half fill the error table, half are held out. Those of the calibration by default.
+        prompts: probe prompts; half fill the error table, half are held out. The calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
         stages: number of equal stages (5, or fewer if the sampler has fewer steps), or inner boundaries in tau.
@@ -162,16 +166,15 @@ def allocate(
     made: Mapping[str, Any] = bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
     guidance = guidance if guidance is not None else made.get("guidance", 1.5)
-    prompts = list(prompts if prompts is not None else made.get("prompts", []))[:64]
+    prompts = list(prompts if prompts is not None else made.get("prompts", [])[:DEFAULT_PROBES])
+    budget = Target.parse(target)
     if steps < 1:
         raise AllocationError(f"`steps` must be at least 1, got {steps}.")
     if strategy not in STRATEGIES:
         raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
     partition = _partition(stages, bank, steps)
     with applied(host, bank) as pruner:
-        request = Request(
-            host, bank, Target.parse(target), partition, prompts, steps, guidance, seed, batch_size, table
-        )
+        request = Request(host, bank, budget, partition, prompts, steps, guidance, seed, batch_size, table)
         return STRATEGIES[strategy](request, pruner)
 
 

@@ -129,7 +129,7 @@ def _check(
 
 @dataclass
 class _Solver:
-    """Holds what ordering and compensating share: weights, Hessians (damped once each) and the method."""
+    """Holds what ordering and compensating share: weights, Hessians (damped when asked for) and the method."""
 
     denoiser: nn.Module
     groups: Sequence[Group]

@@ -45,7 +45,7 @@ Resident = Literal["all", "active"]
 
 @dataclass
 class _Setting:
-    """One thing that a variant sets: an integer on a module, or rows to gather."""
+    """An integer on a module that each variant sets to a value of its own."""
 
     module: nn.Module
     name: str
