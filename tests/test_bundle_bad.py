@@ -181,9 +181,9 @@ BAD_MANIFESTS = [
     (lambda d: d["groups"].append(d["groups"][0]), "`groups` must be non-empty and have unique names"),
     (lambda d: d.update(groups=[3]), r"groups\[0\]: expected an object, got int"),
     (first_group(size=0), r"groups\[0\]: `size` and `width` must be at least 1"),
-    (first_group(kind="block"), r"groups\[0\]: `kind` must be one of head, neuron"),
+    (first_group(kind="block"), r"groups\[0\]: `kind` must be one of head, neuron, channel"),
     (first_group(producers=[{"path": 3, "blocks": 1}]), r"groups\[0\].producers\[0\]: `path` must be str"),
-    (first_group(cost={}), r"groups\[0\].cost: key `per_token` is missing"),
+    (first_group(cost={}), r"groups\[0\].cost: key `terms` is missing"),
     (lambda d: d.update(sparsities=[0.1, 0.2, 0.5, 0.7]), "`sparsities` must rise from 0"),
     (lambda d: d.update(sparsities=[0, 0.5, 0.2, 0.7]), "`sparsities` must rise from 0"),
     (lambda d: d.update(sparsities=[0, 0.2, 0.5, 1.0]), "`sparsities` must rise from 0 and stay below 1"),
@@ -317,8 +317,8 @@ def test_huge_manifest(pipe, folder):
         lambda g: g["producers"][0].update(path="transformer_blocks.2.attn1.to_q"),
         lambda g: g["producers"].pop(),
         lambda g: g["companions"].append("proj_out_1"),
-        lambda g: g["cost"].update(per_token=1),
-        lambda g: g.update(tokens="text"),
+        lambda g: g["cost"]["terms"][0].update(macs=1),
+        lambda g: g["cost"]["terms"][0].update(streams=["text"]),
     ],
 )
 def test_group_that_points_elsewhere(pipe, folder, change):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..errors import BundleError, ScheduleError
 from ..fingerprint import Fingerprint
-from ..groups import Attribute, Cols, Group, Rows, UnitCost
+from ..groups import Attribute, Cols, Group, Rows, Term, UnitCost
 from ..schedule import StageSchedule
 
 FORMAT = "stageprune.bundle"
@@ -158,13 +158,12 @@ def _group(reader: _Reader) -> Group:
     def parts(key: str) -> list[_Reader]:
         return [_Reader(item, f"{reader.where}.{key}[{i}]") for i, item in enumerate(reader.get(key, list))]
 
-    cost = _Reader(reader.get("cost", dict), f"{reader.where}.cost")
     size, width = reader.get("size", int), reader.get("width", int)
     if size < 1 or width < 1:
         raise reader.fail("size", f"and `width` must be at least 1, got {size} and {width}")
     return Group(
         name=reader.get("name", str),
-        kind=_choice(reader, "kind", ("head", "neuron")),  # type: ignore[arg-type]
+        kind=_choice(reader, "kind", ("head", "neuron", "channel")),  # type: ignore[arg-type]
         size=size,
         width=width,
         producers=tuple(Rows(part.get("path", str), part.get("blocks", int)) for part in parts("producers")),
@@ -174,9 +173,13 @@ def _group(reader: _Reader) -> Group:
             Attribute(part.get("path", str), part.get("name", str), part.get("per_unit", int))
             for part in parts("attributes")
         ),
-        cost=UnitCost(cost.get("per_token", int), cost.get("per_pair", int)),
-        tokens=reader.get("tokens", str),
+        cost=_cost(_Reader(reader.get("cost", dict), f"{reader.where}.cost")),
     )
+
+
+def _cost(reader: _Reader) -> UnitCost:
+    terms = [_Reader(item, f"{reader.where}.terms[{i}]") for i, item in enumerate(reader.get("terms", list))]
+    return UnitCost(tuple(Term(term.get("macs", int), tuple(map(str, term.get("streams", list)))) for term in terms))
 
 
 def _kept(reader: _Reader, groups: tuple[Group, ...], levels: int) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from . import families as _families  # noqa: F401  (registers the built-in families)
 from .check import GroupCheck, check_slice_equals_mask
 from .cost import DenoiserCost, measure_cost
-from .group import Attribute, Cols, Group, Rows, UnitCost, consumer_sites, width_groups
+from .group import Attribute, Cols, Group, Rows, Term, UnitCost, consumer_sites, width_groups
 from .registry import Family, families, family_of, find_groups, register_family
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Group",
     "GroupCheck",
     "Rows",
+    "Term",
     "UnitCost",
     "check_slice_equals_mask",
     "consumer_sites",

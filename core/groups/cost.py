@@ -66,7 +66,7 @@ def measure_cost(
     groups = find_groups(denoiser) if groups is None else groups
     tokens = family_of(denoiser).tokens(denoiser, size)
     widths = width_groups(groups)
-    units = {group.name: group.cost.macs(tokens[group.tokens], tokens[group.tokens]) for group in widths}
+    units = {group.name: group.cost.macs(tokens) for group in widths}
     sizes = {group.name: group.size for group in widths}
     paths = next((group.blocks for group in groups if group.kind == "block"), ())
     counts = _count_flops(denoiser)

@@ -6,8 +6,9 @@ The words are those of tensor parallelism: a *producer* is a Linear whose rows b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import GroupError
 
-UnitKind = Literal["head", "neuron", "block"]
+UnitKind = Literal["head", "neuron", "channel", "block"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,34 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Term:
+    """`macs` times the token counts of `streams`: none for work done once a sample, one for a Linear or a convolution,
+    two (queries, keys) for attention's score matrix.
+    """
+
+    macs: int
+    streams: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class UnitCost:
-    """MACs that one unit costs for one sample: `per_token * n + per_pair * n * m` (n queries, m keys)."""
+    """MACs that one unit costs for one sample, as a sum of terms over the family's token streams.
 
-    per_token: int = 0
-    per_pair: int = 0
+    Example:
+        >>> UnitCost.of((3072, "image"), (64, "image", "text")).macs({"image": 256, "text": 77})
+        2047488
+    """
 
-    def macs(self, tokens: int, keys: int) -> int:
-        """MACs of one unit for `tokens` query tokens that look at `keys` key tokens."""
-        return self.per_token * tokens + self.per_pair * tokens * keys
+    terms: tuple[Term, ...] = ()
+
+    @classmethod
+    def of(cls, *terms: tuple[int | str, ...]) -> UnitCost:
+        """From tuples of MACs followed by stream names."""
+        return cls(tuple(Term(int(macs), tuple(str(name) for name in streams)) for macs, *streams in terms))
+
+    def macs(self, tokens: Mapping[str, int]) -> int:
+        """MACs of one unit at these token counts per stream."""
+        return sum(term.macs * math.prod(tokens[name] for name in term.streams) for term in self.terms)
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,6 @@ class Group:
         attributes: integers that must follow the kept count.
         blocks: for kind `block`: module paths, one a unit; a removed block returns its first argument.
         cost: MACs of one unit.
-        tokens: name of the stream whose tokens pass through the units (key of the family's token counts).
     """
 
     name: str
@@ -82,8 +101,7 @@ class Group:
     companions: tuple[str, ...] = ()
     attributes: tuple[Attribute, ...] = ()
     blocks: tuple[str, ...] = ()
-    cost: UnitCost = field(default=UnitCost())
-    tokens: str = "image"
+    cost: UnitCost = UnitCost()
 
     @property
     def channels(self) -> int:

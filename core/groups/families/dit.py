@@ -70,7 +70,7 @@ def _heads(index: int, block: Any) -> Group:
             Attribute(path, "inner_dim", width),
             Attribute(path, "inner_kv_dim", width),
         ),
-        cost=UnitCost(per_token=width * (3 * inputs + outputs), per_pair=2 * width),
+        cost=UnitCost.of((width * (3 * inputs + outputs), "image"), (2 * width, "image", "image")),
     )
 
 
@@ -85,5 +85,5 @@ def _neurons(index: int, block: Any) -> Group:
         width=1,
         producers=(Rows(f"{path}.net.0.proj", up.out_features // down.in_features),),
         consumers=(Cols(f"{path}.net.2"),),
-        cost=UnitCost(per_token=up.in_features * (up.out_features // down.in_features) + down.out_features),
+        cost=UnitCost.of((up.in_features * (up.out_features // down.in_features) + down.out_features, "image")),
     )
