@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+import zoo
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from stageprune.core.groups.check import sliced
@@ -30,41 +31,13 @@ TAUS = [0.9, 0.7, 0.5, 0.3, 0.1]
 
 
 def make_denoiser(seed: int = 0, **config: Any) -> DiTTransformer2DModel:
-    """A random DiT whose every weight matters (diffusers starts its gates and its output at zero)."""
-    defaults = {
-        "num_attention_heads": 5,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "sample_size": 8,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-    }
-    model = DiTTransformer2DModel(**{**defaults, **config}).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    return model
+    """A random DiT whose every weight matters."""
+    return zoo.make_denoiser("dit", seed, **config)
 
 
 def make_pipe(seed: int = 0, **config: Any) -> DiTPipeline:
     """A tiny DiT pipeline; the same seed and configuration give the same weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
-    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, prediction_type="v_prediction")
-    pipe = DiTPipeline(make_denoiser(seed, **config), vae.eval(), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return zoo.make_pipeline("dit", seed, **config)
 
 
 def images(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, labels: Sequence[int] = LABELS) -> Tensor:
