@@ -69,11 +69,10 @@ class Host(Protocol):
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts once. ValueError names the first prompt that the model cannot take."""
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Initial noise, one seed a sample, shape (len(seeds), ...)."""
-
-    def start(self, noise: Tensor, steps: int) -> SamplerState:
-        """The state before the first denoiser call."""
+    def start(self, seeds: Sequence[int], steps: int) -> SamplerState:
+        """The state before the first call: noise, one seed a sample. A sampler that draws more noise on its way draws it
+        from the same seeds.
+        """
 
     def advance(self, state: SamplerState, conditions: Conditions, guidance: float, until: int) -> SamplerState:
         """Make denoiser calls until `until` of them are made. `state` itself stays valid."""
@@ -112,7 +111,7 @@ def sample(
     parts = []
     for begin in range(0, len(seeds), batch_size):
         part = slice(begin, begin + batch_size)
-        state = host.start(host.noise(seeds[part]), steps)
+        state = host.start(seeds[part], steps)
         parts.append(host.advance(state, conditions[part], guidance, calls).latents)
         if on_batch:
             on_batch(len(parts[-1]))

@@ -125,7 +125,7 @@ def reference_latents(pipe: Any, bank: Bank, schedule: StageSchedule, steps: int
     twin = copy.copy(pipe)
     twin.register_modules(transformer=copy.deepcopy(pipe.transformer))
     host = DiffusersHost(twin)
-    conditions, state = host.encode(LABELS), host.start(host.noise(range(len(LABELS))), steps)
+    conditions, state = host.encode(LABELS), host.start(range(len(LABELS)), steps)
     bound = bank.bind(schedule)
     for tau in host.taus(steps):
         with reference(host.denoiser, bank, *bound[schedule.stage_of(tau)]):

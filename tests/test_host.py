@@ -66,7 +66,7 @@ def test_trajectories_are_bit_equal_to_the_pipeline(name, guidance, steps):
 def test_advancing_in_parts_equals_in_one_go(name):
     """Multistep solvers carry a history: it must be part of the state, and a state can be used again."""
     host = DiffusersHost(with_scheduler(name))
-    conditions, start = host.encode(LABELS), host.start(host.noise([0, 1, 2]), 6)
+    conditions, start = host.encode(LABELS), host.start([0, 1, 2], 6)
     calls = len(host.taus(6))
     whole = host.advance(start, conditions, GUIDANCE, calls)
     assert whole.index == calls and start.index == 0
@@ -174,7 +174,7 @@ def test_find_denoiser(pipe):
     pipe.transformer = wrapped
     assert find_denoiser(pipe)[1] is wrapped._orig_mod
     pipe.register_modules(vae=make_pipe().transformer)
-    with pytest.raises(StagePruneError, match=r"exactly one denoiser of a supported class \(DiTTransformer2DModel\)"):
+    with pytest.raises(StagePruneError, match=r"exactly one denoiser of a supported class \(DiTTransformer2DModel"):
         find_denoiser(pipe)
 
 

@@ -78,7 +78,7 @@ def test_table_is_what_independent_runs_give(host, fine_bank):
 
 
 def _run(host, seeds, steps):
-    conditions, state = host.encode(PROMPTS), host.start(host.noise(seeds), steps)
+    conditions, state = host.encode(PROMPTS), host.start(seeds, steps)
     return host.advance(state, conditions, GUIDANCE, len(host.taus(steps))).latents
 
 

@@ -240,7 +240,7 @@ def test_equal_neighbours_do_not_switch(pipe, banks):
 def test_run_from_the_middle_equals_run_in_one_go(enabled):
     """Image-to-image starts inside the trajectory: the stage depends on tau alone."""
     host = DiffusersHost(enabled)
-    conditions, start = host.encode(LABELS), host.start(host.noise(range(3)), 10)
+    conditions, start = host.encode(LABELS), host.start(range(3), 10)
     whole = host.advance(start, conditions, GUIDANCE, 10).latents
     for split in (1, 3, 7):
         half = host.advance(start, conditions, GUIDANCE, split)

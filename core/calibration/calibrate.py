@@ -119,7 +119,7 @@ class _Run:
         """Sample one batch of prompts with the recorder on."""
         host, steps, guidance = self.host, self.provenance["steps"], self.provenance["guidance"]
         conditions = host.encode(prompts)
-        state = host.start(host.noise(seeds), steps)
+        state = host.start(seeds, steps)
         with self.recorder.recording():
             for tau, weight in zip(host.taus(steps), self.weights, strict=True):
                 self.recorder.stage, self.recorder.alpha = self.schedule.stage_of(tau), weight

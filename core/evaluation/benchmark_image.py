@@ -94,19 +94,19 @@ def benchmark_image(
     schedule, bank, taus = bundle.schedule, bundle.bank, host.taus(steps)
     dense = schedule.with_levels([0.0] * len(schedule.stages))
     ends = [*stage_starts(schedule, taus, steps)[1:], len(taus)]
-    conditions, noise = host.encode(prompts), host.noise(range(len(prompts)))
+    conditions, device = host.encode(prompts), next(host.denoiser.parameters()).device
     variants = [*bank.bind(dense), *bank.bind(schedule)]
     pruner = StagePruner(host.denoiser, bank, schedule, host.tau_reader, variants=variants)
     times: dict[str, list[list[float]]] = {"dense": [], "pruned": []}
 
     def run(chosen: StageSchedule) -> list[float]:
         pruner.schedule = chosen
-        state, seconds = host.start(noise, steps), []
+        state, seconds = host.start(range(len(prompts)), steps), []
         for end in ends:
-            synchronise(noise.device)
+            synchronise(device)
             started = time.perf_counter()
             state = host.advance(state, conditions, guidance, end)
-            synchronise(noise.device)
+            synchronise(device)
             seconds.append((time.perf_counter() - started) * 1e3)
         return seconds
 

@@ -84,7 +84,7 @@ class Probes:
 
     def _dense_batch(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> _Batch:
         conditions = self.host.encode(prompts)
-        state = self.host.start(self.host.noise(seeds), steps)
+        state = self.host.start(seeds, steps)
         states = []
         for start in self.starts:
             state = self.host.advance(state, conditions, self.guidance, start)

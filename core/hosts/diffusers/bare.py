@@ -51,4 +51,4 @@ class DenoiserHost:
             f"a bare {type(self._denoiser).__name__} has no sampler, prompts or decoder: pass its pipeline instead."
         )
 
-    taus = default_prompts = encode = noise = start = advance = decode = _refuse
+    taus = default_prompts = encode = start = advance = decode = _refuse

@@ -69,17 +69,14 @@ class DiffusersHost:
         """Encode prompts or class labels."""
         return self.adapter.encode(self.pipe, prompts)
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Noise as `pipe(generator=[torch.Generator().manual_seed(s) for s in seeds])` draws it."""
+    def start(self, seeds: Sequence[int], steps: int) -> SamplerState:
+        """Noise as `pipe(generator=[torch.Generator().manual_seed(s) for s in seeds])` draws it, and a fresh copy of the
+        pipeline's scheduler, set to `steps`.
+        """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), *self.adapter.latent_shape(self.pipe))
         dtype = next(self._denoiser.parameters()).dtype
-        device = self.pipe._execution_device
-        noise: Tensor = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        return noise
-
-    def start(self, noise: Tensor, steps: int) -> SamplerState:
-        """A fresh copy of the pipeline's scheduler, set to `steps`."""
+        noise: Tensor = randn_tensor(shape, generator=generators, device=self.pipe._execution_device, dtype=dtype)
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(steps)
         return SamplerState(0, noise, scheduler)
