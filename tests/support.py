@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import zoo
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+import zoo
 from stageprune.core.groups.check import sliced
-from stageprune.core.groups.group import linear_at
+from stageprune.core.groups.layer import layer_at
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import Bank
@@ -108,7 +108,7 @@ def reference(denoiser: nn.Module, bank: Bank, level: int, stage: int) -> Iterat
     with sliced(denoiser, bank.groups, keep):
         biases = {}
         for path in bank.consumer_shapes:
-            linear, consumer = linear_at(denoiser, path), bank.consumer(path, level, stage)
+            linear, consumer = layer_at(denoiser, path), bank.consumer(path, level, stage)
             assert linear.weight.shape == consumer.weight.shape
             biases[path] = linear.bias
             linear.weight = nn.Parameter(consumer.weight.to(linear.weight.dtype), requires_grad=False)
@@ -117,7 +117,7 @@ def reference(denoiser: nn.Module, bank: Bank, level: int, stage: int) -> Iterat
             yield
         finally:
             for path, bias in biases.items():
-                linear_at(denoiser, path).bias = bias
+                layer_at(denoiser, path).bias = bias
 
 
 def reference_latents(pipe: Any, bank: Bank, schedule: StageSchedule, steps: int = STEPS) -> Tensor:

@@ -20,7 +20,7 @@ import stageprune
 from stageprune.core.calibration import Calibration, calibrate, step_weights
 from stageprune.core.errors import CalibrationError, ScheduleError, StagePruneError
 from stageprune.core.groups import consumer_sites, find_groups, width_groups
-from stageprune.core.groups.group import linear_at
+from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import DiffusersHost
 from support import LABELS, inside, make_pipe, relative
 
@@ -54,7 +54,7 @@ def slow_hessians(pipe, prompts, *, steps, guidance, stages, weights, batch_size
 
     hooks = [pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))]
     for path in consumer_sites(groups):
-        linear = linear_at(pipe.transformer, path)
+        linear = layer_at(pipe.transformer, path)
         hooks.append(linear.register_forward_pre_hook(lambda _, args, path=path: record(path, args[0])))
     for begin in range(0, len(prompts), batch_size):
         part = prompts[begin : begin + batch_size]

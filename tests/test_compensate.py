@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import consumer_sites
-from stageprune.core.groups.group import Cols, Group, kept_columns, linear_at
+from stageprune.core.groups.group import Cols, Group, kept_columns
+from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
@@ -122,7 +123,7 @@ def check_bank(pipe, calibration, bank, tolerance=1e-4):
     """Every consumer of the bank equals least squares on the calibration's own Hessian; returns the worst error."""
     sites, worst = consumer_sites(bank.groups), 0.0
     for key, consumer in bank.consumers.items():
-        linear, entries = linear_at(pipe.transformer, key.path), sites[key.path]
+        linear, entries = layer_at(pipe.transformer, key.path), sites[key.path]
         stage = key.stage if bank.stages > 1 else None
         hessian = calibration.hessian(key.path, stage).double()
         hessian.diagonal()[:-1] += DAMPING * hessian.diagonal()[:-1].mean()

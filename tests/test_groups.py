@@ -18,7 +18,8 @@ from stageprune.core.errors import GroupError
 from stageprune.core.groups import Attribute, Cols, Group, Rows, family_of, measure_cost, width_groups
 from stageprune.core.groups.check import masked, sliced
 from stageprune.core.groups.families.dit import DiT
-from stageprune.core.groups.group import check_groups, consumer_sites, linear_at
+from stageprune.core.groups.group import check_groups, consumer_sites
+from stageprune.core.groups.layer import layer_at
 from stageprune.core.groups.registry import _FAMILIES
 from stageprune.core.pruning.levels import kept_counts
 from support import make_denoiser, same_state, state_of
@@ -131,8 +132,8 @@ def test_a_family_that_is_silently_wrong_is_named():
     [
         (Group("g", "neuron", 160, 1, (Rows("nowhere"),), (Cols("proj_out_1"),)), "`nowhere` does not exist"),
         (
-            Group("g", "neuron", 160, 1, (Rows("pos_embed.proj"),)),
-            "`pos_embed.proj` is a Conv2d, not a torch.nn.Linear",
+            Group("g", "neuron", 160, 1, (Rows("pos_embed"),)),
+            "`pos_embed` is a PatchEmbed, not a torch.nn.Linear or torch.nn.Conv2d",
         ),
         (Group("g", "neuron", 7, 1, (Rows("proj_out_1"),)), "producer `proj_out_1` has 80 rows, expected 1 x 7 x 1"),
         (Group("g", "neuron", 80, 1, (Rows("proj_out_1", 2),)), "has 80 rows, expected 2 x 80 x 1"),
@@ -259,7 +260,7 @@ def test_full_size_model_on_the_meta_device():
     assert all(parameter.is_meta for parameter in denoiser.parameters())
     assert 2 * cost.dense == pytest.approx(0.237e12, rel=0.01)
     assert counts["blocks.0.attn"] == (16, 8) and counts["blocks.27.ff"] == (4608, 2304)
-    assert linear_at(denoiser, "transformer_blocks.27.ff.net.2").in_features == 4608
+    assert layer_at(denoiser, "transformer_blocks.27.ff.net.2").in_features == 4608
 
 
 def test_cost_ignores_hooks_and_dtype(denoiser):

@@ -9,7 +9,7 @@ import torch
 
 from stageprune import Bundle, StagePruneError, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.hosts.diffusers import DiffusersHost
-from stageprune.core.runtime import StagePruner, linear, pruner, pruner_of, resident_bytes
+from stageprune.core.runtime import StagePruner, pruner, pruner_of, resident_bytes, roles, swap
 from support import SCHEDULE, TAUS, forward, images, inside, latents, same_state, state_of, untouched
 
 PRUNED = StageSchedule.from_levels([0.2, 0.5, 0.7, 0.5, 0.2])
@@ -150,7 +150,7 @@ def test_exception_in_the_middle(pipe, bank, way):
 @pytest.mark.parametrize("function", ["to_levels", "to_offloaded", "to_prefix", "to_gathered"])
 @pytest.mark.parametrize("fail_at", [1, 4])
 def test_enabling_that_fails_changes_nothing(pipe, bank, way, monkeypatch, function, fail_at):
-    calls, real = [], getattr(linear, function)
+    calls, real = [], getattr(swap, function)
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -171,7 +171,7 @@ def test_enabling_that_fails_changes_nothing(pipe, bank, way, monkeypatch, funct
 @pytest.mark.parametrize("fail_at", [1, 2, 5])
 def test_trimming_that_fails_changes_nothing(pipe, bank, way, monkeypatch, fail_at):
     """`trim` moves weights to host memory, which can run out too."""
-    calls, real = [], linear.StagedLinear.trim
+    calls, real = [], roles.StagedLayer.trim
 
     def failing(self, kept):
         calls.append(1)
@@ -180,7 +180,7 @@ def test_trimming_that_fails_changes_nothing(pipe, bank, way, monkeypatch, fail_
         real(self, kept)
 
     with untouched(pipe), monkeypatch.context() as patch:
-        patch.setattr(linear.StagedLinear, "trim", failing)
+        patch.setattr(roles.StagedLayer, "trim", failing)
         try:
             attach(pipe, bank, way)
         except MemoryError:

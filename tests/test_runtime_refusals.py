@@ -16,7 +16,7 @@ from stageprune.core.bundle import Bundle
 from stageprune.core.errors import BankError, GroupError, ScheduleError
 from stageprune.core.hosts.diffusers import DiffusersHost, reader_for
 from stageprune.core.pruning import Bank
-from stageprune.core.runtime import applied, linear, pruner, pruner_of, summarise
+from stageprune.core.runtime import applied, pruner, pruner_of, summarise, swap
 from support import LABELS, LEVELS, SCHEDULE, TAUS, images, make_pipe, same_state, state_of, untouched
 
 
@@ -102,7 +102,7 @@ def _nth(real, fail_at):
 @pytest.mark.parametrize("fail_at", [1, 3, 6])
 def test_enable_that_fails_half_way_changes_nothing(pipe, bundle, monkeypatch, fail_at):
     with untouched(pipe):
-        monkeypatch.setattr(pruner, "to_levels", _nth(linear.to_levels, fail_at))
+        monkeypatch.setattr(pruner, "to_levels", _nth(swap.to_levels, fail_at))
         with pytest.raises(MemoryError):
             enable_stage_pruning(pipe, bundle)
         monkeypatch.undo()

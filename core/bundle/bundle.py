@@ -194,8 +194,8 @@ def _bank(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Bank:
     orders = {g.name: _order(tensors[f"order.{g.name}"], g, order_stages, manifest, path) for g in manifest.groups}
     consumers = {}
     for key in keys:
-        out, _ = manifest.consumers[key.path]
-        shape = (out, _kept_width(manifest, key))
+        out, _, *kernel = manifest.consumers[key.path]
+        shape = (out, _kept_width(manifest, key), *kernel)
         weight = _checked(tensors[_name(key, "weight")], shape, manifest.dtype, _name(key, "weight"), path)
         bias = _checked(tensors[_name(key, "bias")], (out,), manifest.dtype, _name(key, "bias"), path)
         consumers[key] = Consumer(weight, bias)

@@ -33,7 +33,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a bundle but its tensors. `consumers` holds (out, in) features of each dense consumer."""
+    """All of a bundle but its tensors. `consumers` holds the weight's shape of each dense consumer."""
 
     library_version: str
     base_model: str
@@ -47,7 +47,7 @@ class Manifest:
     edges: tuple[float, ...]
     order_sharing: str
     consumer_sharing: str
-    consumers: Mapping[str, tuple[int, int]]
+    consumers: Mapping[str, tuple[int, ...]]
     dtype: str
     schedule: StageSchedule | None
     realised: tuple[float, ...] = ()
@@ -202,7 +202,7 @@ def _kept(reader: _Reader, groups: tuple[Group, ...], levels: int) -> dict[str, 
     return result
 
 
-def _consumers(reader: _Reader, groups: tuple[Group, ...]) -> dict[str, tuple[int, int]]:
+def _consumers(reader: _Reader, groups: tuple[Group, ...]) -> dict[str, tuple[int, ...]]:
     table = _Reader(reader.get("consumers", dict), f"{reader.where}: consumers")
     paths = {consumer.path for group in groups for consumer in group.consumers}
     if set(table.data) != paths:
@@ -212,9 +212,9 @@ def _consumers(reader: _Reader, groups: tuple[Group, ...]) -> dict[str, tuple[in
     result = {}
     for path in table.data:
         shape = table.get(path, list)
-        if len(shape) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-            raise table.fail(path, f"must be [out, in], got {shape!r:.80}")
-        result[path] = (shape[0], shape[1])
+        if len(shape) not in (2, 4) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+            raise table.fail(path, f"must be [out, in], or [out, in, kh, kw] of a convolution, got {shape!r:.80}")
+        result[path] = tuple(shape)
     for group in groups:
         for consumer in group.consumers:
             if not 0 <= consumer.offset <= result[consumer.path][1] - group.channels:

@@ -13,8 +13,8 @@ import torch
 from .. import progress
 from ..errors import CalibrationError
 from ..fingerprint import Fingerprint
-from ..groups import consumer_sites, find_groups, width_groups
-from ..groups.group import linear_at
+from ..groups import Group, consumer_sites, find_groups, width_groups
+from ..groups.layer import layer_at, matrix_of
 from ..host import Host, Prompt
 from ..schedule import StageSchedule
 from .alpha import step_weights
@@ -33,6 +33,7 @@ def calibrate(
     guidance: float = 1.5,
     stages: int | Sequence[float] = 1,
     alpha: str = "uniform",
+    kinds: Sequence[str] = ("head", "neuron"),
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
@@ -46,13 +47,16 @@ def calibrate(
         guidance: guidance scale; above 1 the unconditional pass is recorded too.
         stages: number of equal stages kept apart, or the inner boundaries in tau, falling. 1 pools everything.
         alpha: weight of each step, `uniform` or `log-decrease`.
+        kinds: unit kinds that will be pruned. `channel` is left out by default: the Hessian of a 3 x 3 convolution has
+            81 times the numbers of a Linear's of as many channels.
         seed: first seed.
         batch_size: prompts that run together.
         checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes
             on from there, to the identical result.
 
     Raises:
-        CalibrationError: no prompts, too few data for the Hessians' rank, or a checkpoint of another call.
+        CalibrationError: no prompts, no such kind of unit, too few data for the Hessians' rank, or a checkpoint of
+            another call.
 
     Example:
         >>> calibration = calibrate(host, prompts=[0, 1, 2, 3] * 8, steps=20, checkpoint="calibration.part")
@@ -63,7 +67,8 @@ def calibrate(
         raise CalibrationError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
     schedule = _stages(stages)
     groups = width_groups(find_groups(host.denoiser))
-    widths = {path: linear_at(host.denoiser, path).in_features for path in consumer_sites(groups)}
+    paths = consumer_sites(_of_kinds(groups, kinds))
+    widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in paths}
     provenance = {
         **host.describe(),
         "prompts": list(prompts),
@@ -71,10 +76,12 @@ def calibrate(
         "steps": steps,
         "guidance": guidance,
         "alpha": alpha,
+        "kinds": sorted(kinds),
         "batch_size": batch_size,
     }
     recorder = HessianRecorder(host.denoiser, widths, len(schedule.stages))
-    run = _Run(host, recorder, schedule, step_weights(alpha, len(host.taus(steps))), provenance)
+    fingerprint = Fingerprint.of(host.denoiser, list(consumer_sites(groups)))
+    run = _Run(host, recorder, schedule, step_weights(alpha, len(host.taus(steps))), provenance, fingerprint)
     done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
     with progress.bar(len(prompts), "calibrating", "prompt") as bar:
         bar.update(done)
@@ -97,6 +104,13 @@ def _stages(stages: int | Sequence[float]) -> StageSchedule:
     return StageSchedule.from_levels([0.0] * (len(stages) + 1), list(stages))
 
 
+def _of_kinds(groups: Sequence[Group], kinds: Sequence[str]) -> list[Group]:
+    present = {group.kind for group in groups}
+    if not kinds or set(kinds) - present:
+        raise CalibrationError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
+    return [group for group in groups if group.kind in kinds]
+
+
 class _Run:
     """One calibration under way: the recorder, and what tells two calls apart."""
 
@@ -107,13 +121,14 @@ class _Run:
         schedule: StageSchedule,
         weights: Sequence[float],
         provenance: Mapping[str, Any],
+        fingerprint: Fingerprint,
     ) -> None:
         self.host = host
         self.recorder = recorder
         self.schedule = schedule
         self.weights = weights
         self.provenance = provenance
-        self.fingerprint = Fingerprint.of(host.denoiser, list(recorder.hessians))
+        self.fingerprint = fingerprint
 
     def batch(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         """Sample one batch of prompts with the recorder on."""

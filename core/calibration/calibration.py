@@ -26,8 +26,9 @@ class Calibration:
     """Second moments of every consumer's inputs along dense trajectories.
 
     Args:
-        hessians: consumer path -> (stages, columns + 1, columns + 1), float32, the last row the constant-1 input.
-        rows: consumer path -> inputs seen in each stage, shape (stages,).
+        hessians: consumer path -> (stages, columns + 1, columns + 1), float32, the last row the constant-1 input. A
+            convolution has a column for each input channel and place in its kernel.
+        rows: consumer path -> inputs (tokens or output places) seen in each stage, shape (stages,).
         edges: stage boundaries in tau, from 1 to 0.
         fingerprint: of the denoiser.
         provenance: prompts, seeds, steps, sampler, versions: plain data.
@@ -47,7 +48,10 @@ class Calibration:
     def hessian(self, path: str, stage: int | None = None) -> Tensor:
         """Hessian of a consumer in one stage, or of all stages together."""
         if path not in self.hessians:
-            raise CalibrationError(f"the calibration has no Hessian for `{path}`; calibrate this model again.")
+            raise CalibrationError(
+                f"the calibration has no Hessian for `{path}`; calibrate this model again, with the `kinds` that are "
+                "pruned."
+            )
         return self.hessians[path].sum(0) if stage is None else self.hessians[path][stage]
 
     def check_denoiser(self, fingerprint: Fingerprint) -> None:
@@ -71,7 +75,7 @@ class Calibration:
                 )
                 raise CalibrationError(
                     f"too few calibration data: `{path}` has {need} columns but saw only {have} inputs {where}"
-                    f"(tokens x steps x prompts). {remedy}"
+                    f"(tokens or pixels x steps x prompts). {remedy}"
                 )
 
     def save(self, path: str | Path) -> Path:

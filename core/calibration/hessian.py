@@ -1,4 +1,4 @@
-"""Streaming second moments of the consumers' inputs."""
+"""Streaming second moments of the consumers' inputs; a convolution's inputs are its patches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..groups.group import linear_at
+from ..groups.layer import Layer, layer_at, taps_of
+
+PATCH_NUMBERS = 2**24
+"""Most numbers that are unfolded at once (64 MiB in float32), unless one line of places needs more."""
 
 
 class HessianRecorder:
@@ -19,7 +23,7 @@ class HessianRecorder:
 
     Args:
         denoiser: the denoiser.
-        widths: consumer path -> its input columns.
+        widths: consumer path -> columns of its matrix (input channels x taps).
         stages: number of stages that are kept apart.
     """
 
@@ -31,8 +35,13 @@ class HessianRecorder:
         self.alpha = 1.0
 
     def add_batch(self, path: str, inputs: Tensor) -> None:
-        """Add the inputs of one call of the consumer at `path`, shape (..., columns), to the current stage."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        """Add one call's inputs of the consumer at `path` to the current stage: shape (..., columns), or (batch,
+        channels, height, width) of a convolution.
+        """
+        for rows in design_rows(layer_at(self.denoiser, path), inputs.detach()):
+            self._add_rows(path, rows.float())
+
+    def _add_rows(self, path: str, rows: Tensor) -> None:
         hessian = self.hessians[path][self.stage]
         gram, sums = (rows.T @ rows).to(hessian.device), rows.sum(0).to(hessian.device)
         hessian[:-1, :-1].add_(gram, alpha=self.alpha)
@@ -46,8 +55,40 @@ class HessianRecorder:
         """Record every call of the consumers within the block."""
         with ExitStack() as stack:
             for path in self.hessians:
-                hook = linear_at(self.denoiser, path).register_forward_pre_hook(
+                hook = layer_at(self.denoiser, path).register_forward_pre_hook(
                     lambda _, args, path=path: self.add_batch(path, args[0])
                 )
                 stack.callback(hook.remove)
             yield
+
+
+def design_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> Iterator[Tensor]:
+    """The rows x for which the layer computes W x + b, W its weight as a matrix.
+
+    For a Linear, all at once. For a convolution, one row for each output place, padding included, in parts of whole
+    output lines so that memory stays bounded.
+
+    Args:
+        layer: a Linear or Conv2d.
+        inputs: of one call.
+        numbers: most numbers in one part, unless a single output line has more.
+
+    Returns:
+        Parts of shape (rows, columns), columns as in `matrix_of`.
+    """
+    if isinstance(layer, nn.Linear):
+        yield inputs.reshape(-1, inputs.shape[-1])
+        return
+    (tall, wide), (down, across), (gap, gap_across) = layer.kernel_size, layer.stride, layer.dilation
+    # As Conv2d itself pads, whatever its `padding` and `padding_mode`.
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    samples, channels, height, width = padded.shape
+    lines = (height - gap * (tall - 1) - 1) // down + 1
+    places = (width - gap_across * (wide - 1) - 1) // across + 1
+    step = max(1, numbers // (samples * places * channels * taps_of(layer)))
+    for begin in range(0, lines, step):
+        end = min(begin + step, lines)
+        part = padded[:, :, begin * down : (end - 1) * down + gap * (tall - 1) + 1]
+        patches = F.unfold(part, layer.kernel_size, layer.dilation, 0, layer.stride)  # (samples, columns, places)
+        yield patches.mT.reshape(-1, patches.shape[1])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GroupError
-from .group import Group, consumer_sites, kept_columns, linear_at, width_groups
+from .group import Group, consumer_sites, kept_columns, width_groups
+from .layer import inputs_of, layer_at
 from .registry import family_of, find_groups
 
 
@@ -70,23 +71,24 @@ def check_slice_equals_mask(
 
 @contextmanager
 def masked(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tensor]) -> Iterator[None]:
-    """Dense run in which the columns of all units but `keep` are zeroed at each consumer's input.
+    """Dense run in which the channels of all units but `keep` are zeroed at each consumer's input.
 
     A masked block has its consumers' outputs zeroed, which leaves the residual stream as it was.
     """
     with ExitStack() as stack:
         for path, entries in consumer_sites(width_groups(groups)).items():
-            linear = linear_at(denoiser, path)
-            mask = torch.ones(linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+            layer = layer_at(denoiser, path)
+            mask = torch.ones(inputs_of(layer), device=layer.weight.device, dtype=layer.weight.dtype)
             for group, offset in entries:
                 if group.name in keep:
                     mask[offset : offset + group.channels] = 0
                     mask[group.columns(keep[group.name].to(mask.device), offset)] = 1
-            stack.callback(linear.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m,)).remove)
+            mask = mask[:, None, None] if isinstance(layer, nn.Conv2d) else mask  # where the input's channels are
+            stack.callback(layer.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m,)).remove)
         for path in _skipped_blocks(groups, keep):
             for name in consumer_sites(width_groups(groups)):
                 if name.startswith(f"{path}."):
-                    hook = linear_at(denoiser, name).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+                    hook = layer_at(denoiser, name).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
                     stack.callback(hook.remove)
         yield
 
@@ -100,7 +102,7 @@ def sliced(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tens
             units = keep[group.name]
             for producer in group.producers:
                 rows = group.rows(units, producer.blocks)
-                _replace(stack, linear_at(denoiser, producer.path), rows=rows)
+                _replace(stack, layer_at(denoiser, producer.path), rows=rows)
             for companion in group.companions:
                 _replace(stack, denoiser.get_submodule(companion), rows=group.columns(units))
             for attribute in group.attributes:
@@ -110,7 +112,7 @@ def sliced(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tens
         for path, entries in consumer_sites(width_groups(groups)).items():
             if any(group.name in keep for group, _ in entries):
                 units_of = {g.name: keep.get(g.name, torch.arange(g.size)) for g, _ in entries}
-                _replace(stack, linear_at(denoiser, path), columns=kept_columns(entries, units_of))
+                _replace(stack, layer_at(denoiser, path), columns=kept_columns(entries, units_of))
         for path in _skipped_blocks(groups, keep):
             block = denoiser.get_submodule(path)
             stack.callback(block.__dict__.pop, "forward")

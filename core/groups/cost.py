@@ -26,7 +26,7 @@ class DenoiserCost:
 
     Args:
         dense: MACs of the dense forward.
-        units: group name -> MACs of one unit (heads and neurons).
+        units: group name -> MACs of one unit (heads, neurons, norm groups).
         sizes: group name -> number of units.
         blocks: per whole block: MACs that only go when the block goes (its modulation, say).
         members: per whole block: names of the groups inside it.
@@ -40,7 +40,7 @@ class DenoiserCost:
 
     @property
     def prunable(self) -> int:
-        """MACs of all heads and neurons."""
+        """MACs of all heads, neurons and norm groups."""
         return sum(self.units[name] * size for name, size in self.sizes.items())
 
     def macs(self, kept: Mapping[str, int], skipped_blocks: Collection[int] = ()) -> int:
@@ -110,4 +110,6 @@ def _bare(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _to_meta(value: Any) -> Any:
+    if isinstance(value, Mapping):  # SDXL's added_cond_kwargs
+        return {name: _to_meta(part) for name, part in value.items()}
     return value.to("meta") if isinstance(value, Tensor) else value

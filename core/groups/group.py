@@ -1,7 +1,8 @@
 """What a group is: the units of one attention or feed-forward that live and die together.
 
-The words are those of tensor parallelism: a *producer* is a Linear whose rows belong to units (column-parallel), a
-*consumer* is one whose columns do (row-parallel).
+The words are those of tensor parallelism: a *producer* is a layer whose rows (output channels) belong to units
+(column-parallel), a *consumer* is one whose columns (input channels) do (row-parallel). Layers are Linears and
+convolutions.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GroupError
+from .layer import inputs_of, layer_at, norm_at, outputs_of
 
 UnitKind = Literal["head", "neuron", "channel", "block"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A producer: rows of the Linear at `path`, laid out as `blocks` packed copies (GEGLU 2, fused qkv 3)."""
+    """A producer: output channels of the layer at `path`, laid out as `blocks` packed copies (GEGLU 2, fused qkv 3)."""
 
     path: str
     blocks: int = 1
@@ -29,7 +31,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cols:
-    """A consumer: columns of the Linear at `path`, starting at `offset` of its input."""
+    """A consumer: input channels of the layer at `path`, from `offset` on."""
 
     path: str
     offset: int = 0
@@ -83,10 +85,11 @@ class Group:
         name: canonical name, the same in every host (`blocks.3.attn`, `blocks.3.ff`, `blocks`).
         kind: what a unit is.
         size: number of units.
-        width: channels of one unit (the head dimension; 1 for a neuron; 0 for blocks).
-        producers: Linears that compute the units.
-        consumers: Linears that read them.
-        companions: paths of per-channel norms that are sliced with the rows.
+        width: channels of one unit (the head dimension; 1 for a neuron; those of a norm group for kind `channel`; 0 for
+            blocks).
+        producers: layers that compute the units.
+        consumers: layers that read them.
+        companions: paths of GroupNorms between the two, one norm group a unit, sliced with the rows.
         attributes: integers that must follow the kept count.
         blocks: for kind `block`: module paths, one a unit; a removed block returns its first argument.
         cost: MACs of one unit.
@@ -125,12 +128,13 @@ class Group:
             parts[0] += f" x {self.width}"
         parts += [f"  rows of    {p.path}" + (f" ({p.blocks} packed)" if p.blocks > 1 else "") for p in self.producers]
         parts += [f"  columns of {c.path}" + (f" from {c.offset}" if c.offset else "") for c in self.consumers]
+        parts += [f"  norm       {path}" for path in self.companions]
         parts += [f"  sets       {a.path}.{a.name}" for a in self.attributes]
         return "\n".join(parts)
 
 
 def width_groups(groups: Iterable[Group]) -> list[Group]:
-    """The groups whose units are channels (heads, neurons), without whole blocks."""
+    """The groups whose units are made of channels (heads, neurons, norm groups), without whole blocks."""
     return [group for group in groups if group.kind != "block"]
 
 
@@ -143,20 +147,6 @@ def consumer_sites(groups: Sequence[Group]) -> dict[str, list[tuple[Group, int]]
     return {path: sorted(entries, key=lambda entry: entry[1]) for path, entries in sites.items()}
 
 
-def linear_at(denoiser: nn.Module, path: str) -> nn.Linear:
-    """The Linear at `path`; GroupError if there is none or it is of a kind that cannot be sliced."""
-    try:
-        module = denoiser.get_submodule(path)
-    except AttributeError:
-        raise GroupError(f"`{path}` does not exist in {type(denoiser).__name__}.") from None
-    if not isinstance(module, nn.Linear):
-        raise GroupError(
-            f"`{path}` is a {type(module).__name__}, not a torch.nn.Linear. Quantised layers and LoRA wrappers are "
-            "not supported here: fuse and unload LoRA, or load the unquantised model, before pruning."
-        )
-    return module
-
-
 def check_groups(denoiser: nn.Module, groups: Sequence[Group]) -> None:
     """Check that every group fits the modules it names. Raises GroupError naming group, path and shapes."""
     names = [group.name for group in groups]
@@ -164,18 +154,25 @@ def check_groups(denoiser: nn.Module, groups: Sequence[Group]) -> None:
         raise GroupError(f"group names must be unique, got {sorted(n for n in names if names.count(n) > 1)}.")
     for group in width_groups(groups):
         for producer in group.producers:
-            rows = linear_at(denoiser, producer.path).out_features
+            rows = outputs_of(layer_at(denoiser, producer.path))
             if rows != producer.blocks * group.channels:
                 raise GroupError(
                     f"group `{group.name}`: producer `{producer.path}` has {rows} rows, expected "
                     f"{producer.blocks} x {group.size} x {group.width}."
                 )
         for consumer in group.consumers:
-            columns = linear_at(denoiser, consumer.path).in_features
+            columns = inputs_of(layer_at(denoiser, consumer.path))
             if columns < consumer.offset + group.channels:
                 raise GroupError(
                     f"group `{group.name}`: consumer `{consumer.path}` has {columns} columns, expected at least "
                     f"{consumer.offset} + {group.size} x {group.width}."
+                )
+        for companion in group.companions:
+            norm = norm_at(denoiser, companion)
+            if (norm.num_groups, norm.num_channels) != (group.size, group.channels):
+                raise GroupError(
+                    f"group `{group.name}`: companion `{companion}` has {norm.num_groups} norm groups over "
+                    f"{norm.num_channels} channels, expected one a unit: {group.size} over {group.channels}."
                 )
 
 

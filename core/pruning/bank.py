@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import BankError, ScheduleError
 from ..fingerprint import Fingerprint
 from ..groups import DenoiserCost, Group, consumer_sites, find_groups
-from ..groups.group import linear_at
+from ..groups.layer import layer_at
 from ..schedule import StageSchedule
 
 Sharing = Literal["shared", "stage"]
@@ -28,7 +28,9 @@ class ConsumerKey(NamedTuple):
 
 
 class Consumer(NamedTuple):
-    """A consumer at one level: weight (out, kept channels), columns in the order's prefix, and bias (out,)."""
+    """A consumer at one level: weight (out, kept channels), or (out, kept channels, kh, kw) of a convolution, with the
+    channels in the order's prefix; and bias (out,).
+    """
 
     weight: Tensor
     bias: Tensor
@@ -50,7 +52,7 @@ class Bank:
             shared.
         method: what made it.
         fingerprint: of the dense denoiser.
-        consumer_shapes: consumer path -> (out, in) features of the dense Linear.
+        consumer_shapes: consumer path -> shape of its dense weight, (out, in) or (out, in, kh, kw).
         provenance: plain data on how it was made.
     """
 
@@ -64,7 +66,7 @@ class Bank:
     edges: tuple[float, ...]
     method: str
     fingerprint: Fingerprint
-    consumer_shapes: Mapping[str, tuple[int, int]]
+    consumer_shapes: Mapping[str, tuple[int, ...]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -134,10 +136,10 @@ class Bank:
                 raise BankError(
                     f"the bank's group `{group.name}` is not a group of this {self.denoiser} (widths or paths differ)."
                 )
-        for path, (out, columns) in self.consumer_shapes.items():
-            linear = linear_at(denoiser, path)
-            if (linear.out_features, linear.in_features) != (out, columns):
-                raise BankError(f"the bank's consumer `{path}` is {out} x {columns}, this denoiser's differs.")
+        for path, shape in self.consumer_shapes.items():
+            if tuple(layer_at(denoiser, path).weight.shape) != tuple(shape):
+                stated = " x ".join(map(str, shape))
+                raise BankError(f"the bank's consumer `{path}` is {stated}, this denoiser's differs.")
         why = self.fingerprint.mismatch(fingerprint_of(denoiser))
         if why:
             raise BankError(
@@ -148,7 +150,7 @@ class Bank:
         return self  # never changed after it is made, and large
 
     def __str__(self) -> str:
-        kinds = {kind: sum(g.kind == kind for g in self.groups) for kind in ("head", "neuron")}
+        kinds = {kind: sum(g.kind == kind for g in self.groups) for kind in ("head", "neuron", "channel")}
         groups = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items() if count)
         lines = [
             f"Bank of {self.denoiser} ({self.component}): method {self.method}, groups: {groups}",

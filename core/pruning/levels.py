@@ -27,25 +27,26 @@ def kept_counts(
 ) -> dict[str, tuple[int, ...]]:
     """Kept units of each group at each level.
 
-    Heads are rounded to the nearest count, at least one. Neurons, whose counts are fine, then take up what that
-    rounding left over, so that the level removes the asked share of the groups' MACs; they are rounded to `multiple`.
+    Heads, and channels by whole norm groups, are coarse: they are rounded to the nearest count, at least one. Neurons,
+    whose counts are fine, then take up what that rounding left over, so that the level removes the asked share of the
+    groups' MACs; they are rounded to `multiple`. Without neurons the level is as near as the coarse counts come.
 
     Args:
-        groups: heads and neurons to prune (whole blocks are kept).
+        groups: heads, neurons and channels to prune (whole blocks are kept).
         cost: MACs of the denoiser.
         sparsities: level sparsities, rising, the first 0.
         multiple: neurons are kept in multiples of this (what matrix hardware likes), at least one multiple.
     """
     if multiple < 1:
         raise BankError(f"`multiple` must be at least 1, got {multiple}.")
-    heads = [group for group in groups if group.kind == "head"]
+    coarse = [group for group in groups if group.kind in ("head", "channel")]
     neurons = [group for group in groups if group.kind == "neuron"]
-    kept: dict[str, list[int]] = {group.name: [] for group in (*heads, *neurons)}
+    kept: dict[str, list[int]] = {group.name: [] for group in (*coarse, *neurons)}
     neuron_macs = sum(cost.units[group.name] * group.size for group in neurons)
-    total = neuron_macs + sum(cost.units[group.name] * group.size for group in heads)
+    total = neuron_macs + sum(cost.units[group.name] * group.size for group in coarse)
     for sparsity in sparsities:
         removed = 0
-        for group in heads:
+        for group in coarse:
             count = _clamp(round(group.size * (1 - sparsity)), 1, group.size)
             kept[group.name].append(count)
             removed += cost.units[group.name] * (group.size - count)
@@ -53,14 +54,14 @@ def kept_counts(
         for group in neurons:
             count = _clamp(round(group.size * (1 - share) / multiple) * multiple, min(multiple, group.size), group.size)
             kept[group.name].append(count if share else group.size)  # a width need not be a multiple itself
-    # A higher level never keeps more, whatever the rounding of the heads asked of the neurons.
+    # A higher level never keeps more, whatever the rounding of coarse counts asked of the neurons.
     return {name: tuple(min(counts[: i + 1]) for i in range(len(counts))) for name, counts in kept.items()}
 
 
 def realised_sparsity(kept: dict[str, tuple[int, ...]], cost: DenoiserCost, level: int) -> float:
-    """Share of the prunable MACs that a level really removes."""
+    """Share of the MACs of the groups in `kept` that a level really removes."""
     counts = {name: values[level] for name, values in kept.items()}
-    return (cost.dense - cost.macs(counts)) / cost.prunable
+    return (cost.dense - cost.macs(counts)) / sum(cost.units[name] * cost.sizes[name] for name in kept)
 
 
 def select_groups(groups: Sequence[Group], kinds: Collection[str]) -> list[Group]:

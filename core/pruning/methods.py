@@ -16,8 +16,8 @@ from .obs import Order, obs_order
 
 @dataclass(frozen=True)
 class ConsumerProblem:
-    """A consumer as a method sees it: its dense weight and bias, its damped Hessian (None for data-free methods), and
-    the columns of the group's units in it, shape (units, width).
+    """A consumer as a method sees it: its dense weight as a matrix (a convolution's input is a patch) and bias, its
+    damped Hessian (None for data-free methods), and the columns of the group's units, shape (units, columns of one).
     """
 
     weight: Tensor
@@ -32,8 +32,8 @@ class GroupProblem:
 
     Args:
         group: the group.
-        consumers: the Linears that read it.
-        producers: weight rows of each unit in each producer, shape (units, channels, in).
+        consumers: the layers that read it.
+        producers: weight rows of each unit in each producer, shape (units, channels, in), `in` as for consumers.
         seed: for methods that draw.
     """
 

@@ -15,7 +15,7 @@ from .. import progress
 from ..calibration import Calibration
 from ..errors import BankError
 from ..groups import Group, consumer_sites, find_groups, measure_cost
-from ..groups.group import linear_at
+from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
 from ..host import Host
 from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
 from .compensate import compensate, damp, with_bias
@@ -88,7 +88,7 @@ def prune(
         edges=calibration.edges if calibration is not None and "stage" in (order, consumers) else (1.0, 0.0),
         method=method,
         fingerprint=fingerprint_of(host.denoiser),
-        consumer_shapes={path: _shape(linear_at(host.denoiser, path)) for path in sites},
+        consumer_shapes={path: tuple(layer_at(host.denoiser, path).weight.shape) for path in sites},
         provenance={
             **{key: value for key, value in host.describe().items() if key in ("pipeline", "model")},
             "realised": [round(realised_sparsity(counts, cost, level), 6) for level in range(len(sparsities))],
@@ -157,13 +157,14 @@ class _Solver:
         every = torch.arange(group.size)
         problems = []
         for consumer in group.consumers:
-            linear = linear_at(self.denoiser, consumer.path)
-            columns = group.columns(every, consumer.offset).reshape(group.size, group.width)
-            problems.append(ConsumerProblem(linear.weight, linear.bias, self.hessian(consumer.path, stage), columns))
+            layer = layer_at(self.denoiser, consumer.path)
+            columns = matrix_columns(group.columns(every, consumer.offset), taps_of(layer)).reshape(group.size, -1)
+            hessian = self.hessian(consumer.path, stage)
+            problems.append(ConsumerProblem(matrix_of(layer), layer.bias, hessian, columns))
+        matrices = [(matrix_of(layer_at(self.denoiser, p.path)), p.blocks) for p in group.producers]
         producers = [
-            linear_at(self.denoiser, p.path).weight[group.rows(every, p.blocks)].view(p.blocks, group.size, -1, n_in)
-            for p in group.producers
-            for n_in in [linear_at(self.denoiser, p.path).in_features]
+            matrix[group.rows(every, blocks)].view(blocks, group.size, -1, matrix.shape[1])
+            for matrix, blocks in matrices
         ]
         rows = [part.movedim(0, 1).flatten(1, 2) for part in producers]
         seed = self.seed + zlib.crc32(group.name.encode())
@@ -173,29 +174,24 @@ class _Solver:
         self, path: str, stage: int | None, units: Mapping[str, Tensor], counts: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[ConsumerKey, Consumer]]:
         """The consumer at `path` for every level above 0."""
-        linear = linear_at(self.denoiser, path)
+        layer = layer_at(self.denoiser, path)
         entries = consumer_sites(self.groups)[path]
         levels = len(counts[entries[0][0].name])
-        hessian = self.hessian(path, stage)
-        columns, places = _nested_columns(entries, units, counts, linear.in_features)
+        hessian, dense = self.hessian(path, stage), matrix_of(layer).detach()
+        channels, kept_places = _nested_columns(entries, units, counts, inputs_of(layer))
+        columns = matrix_columns(channels, taps_of(layer)).to(dense.device)
+        places = [matrix_columns(place, taps_of(layer)) for place in kept_places]
         kept = [len(place) for place in places]
         if hessian is not None:
-            solutions = compensate(
-                with_bias(linear.weight, linear.bias), hessian, columns.to(linear.weight.device), kept
-            )
+            solutions = compensate(with_bias(dense, layer.bias), hessian, columns, kept)
         else:
-            dense = linear.weight.detach()
-            shift = dense.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            shift = dense.new_zeros(len(dense)) if layer.bias is None else layer.bias.detach()
             solutions = [(dense[:, columns[:count]], shift) for count in kept]
         for level in range(1, levels):
             weight, bias = solutions[level]
-            dtype = linear.weight.dtype
-            ordered = weight[:, places[level].to(weight.device)].to(dtype).contiguous()
-            yield ConsumerKey(path, level, stage or 0), Consumer(ordered, bias.to(dtype).clone())
-
-
-def _shape(linear: nn.Linear) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
+            ordered = weight[:, places[level].to(weight.device)].to(dense.dtype).contiguous()
+            shaped = ordered.view(len(dense), -1, *layer.weight.shape[2:])
+            yield ConsumerKey(path, level, stage or 0), Consumer(shaped, bias.to(dense.dtype).clone())
 
 
 def _nested_columns(
@@ -204,10 +200,10 @@ def _nested_columns(
     counts: Mapping[str, tuple[int, ...]],
     columns: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A consumer's columns so ordered that every level is a prefix, even where several groups share the consumer.
+    """A consumer's input channels so ordered that every level is a prefix, even where several groups share it.
 
     Returns:
-        The permutation, shape (columns,); and per level the places in it of the kept columns, in the order in which the
+        The permutation, shape (columns,); and per level the places in it of the kept ones, in the order in which the
         sliced producers deliver them (segment after segment).
     """
     levels = len(counts[entries[0][0].name])

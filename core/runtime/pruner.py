@@ -13,22 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import StagePruneError
 from ..groups import Group, consumer_sites, measure_cost
-from ..groups.group import kept_columns, linear_at
+from ..groups.group import kept_columns
+from ..groups.layer import inputs_of, layer_at, norm_at
 from ..host import TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
-from .linear import (
-    GatheredLinear,
-    LevelLinear,
-    OffloadedLinear,
-    PrefixLinear,
-    StagedLinear,
-    to_gathered,
-    to_levels,
-    to_offloaded,
-    to_prefix,
-)
 from .memory import resident_bytes
+from .roles import GatheredRows, LevelColumns, OffloadedColumns, PrefixRows, StagedLayer
+from .swap import Producer, to_gathered, to_levels, to_offloaded, to_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +78,7 @@ class StagePruner:
         bound = bank.bind(schedule)
         _check_state(denoiser, bank)
         bank.check_denoiser(denoiser)
-        _check_companions(bank)
+        _check_companions(denoiser, bank)
         self.denoiser = denoiser
         self.bank = bank
         self.read_tau = read_tau
@@ -100,9 +92,9 @@ class StagePruner:
         self.resident = resident
         self.trimmed = DENSE not in wanted and (on_device or resident == "active" if trim is None else trim)
         self._settings: list[_Setting] = []
-        self._gathers: list[tuple[GatheredLinear, list[Tensor | None]]] = []
-        self._offloaded: list[OffloadedLinear] = []
-        self._staged: list[StagedLinear] = []
+        self._gathers: list[tuple[GatheredRows, list[Tensor | None]]] = []
+        self._offloaded: list[OffloadedColumns] = []
+        self._staged: list[StagedLayer] = []
         self._active: int | None = None  # nothing has been set yet
         self._schedule = schedule
         self._bound: list[int] = []
@@ -173,10 +165,10 @@ class StagePruner:
 
     def _set(self, variant: int) -> None:
         self._set_integers(variant)
-        for linear, rows in self._gathers:
+        for gathered, rows in self._gathers:
             chosen = rows[variant]
             if chosen is not None:
-                linear.gather(chosen.to(linear.weight.device))
+                gathered.gather(chosen.to(gathered.weight.device))
         for offloaded in self._offloaded:
             offloaded.load(variant)
         self._active = variant
@@ -192,43 +184,49 @@ class StagePruner:
         sites = consumer_sites(self.bank.groups)
         prefix = self.bank.order_sharing == "shared"
         for path, entries in sites.items():
-            linear = linear_at(self.denoiser, path)
+            layer = layer_at(self.denoiser, path)
             every = {group.name: self.bank.order(group.name, 0) for group, _ in entries}
-            order = _full_order(entries, every, linear.in_features) if prefix else None
+            order = _full_order(entries, every, inputs_of(layer)) if prefix else None
             consumers = [self.bank.consumer(path, level, stage) for level, stage in self.variants[1:]]
             if self.resident == "active":
-                self._offloaded.append(to_offloaded(linear, consumers, order))
+                self._offloaded.append(to_offloaded(layer, consumers, order))
                 self._staged.append(self._offloaded[-1])
                 continue
-            self._staged.append(to_levels(linear, consumers, order))
+            self._staged.append(to_levels(layer, consumers, order))
             self._settings.append(_Setting(self._staged[-1], "stage_variant", list(range(len(self.variants)))))
 
     def _trim(self) -> None:
         """Only from here on may the denoiser not be run dense; the first stage has been set."""
         for setting in self._settings:
-            if isinstance(setting.module, PrefixLinear):
+            # A norm has further settings of its own, its number of groups.
+            if isinstance(setting.module, PrefixRows) and setting.name == "stage_rows":
                 setting.module.trim_rows(max(setting.values[1:]))
-            elif isinstance(setting.module, LevelLinear):
+            elif isinstance(setting.module, LevelColumns):
                 setting.module.trim_dense()
 
     def _attach_group(self, group: Group) -> None:
         kept = [self.bank.kept[group.name][level] for level, _ in self.variants]
-        for producer in group.producers:
-            linear = linear_at(self.denoiser, producer.path)
-            rows = [count * group.width * producer.blocks for count in kept]
-            shared = self.bank.order_sharing == "shared"
-            order = group.rows(self.bank.order(group.name, 0), producer.blocks) if shared else None
-            if order is not None and producer.blocks == 1:
-                staged: StagedLinear = to_prefix(linear, order)
+        shared = self.bank.order_sharing == "shared"
+        for layer, blocks in self._layers_with_rows(group):
+            rows = [count * group.width * blocks for count in kept]
+            order = group.rows(self.bank.order(group.name, 0), blocks) if shared else None
+            if order is not None and blocks == 1:
+                staged: StagedLayer = to_prefix(layer, order)
             else:
-                staged = gathered = to_gathered(linear, max(rows[1:], default=1), order)
-                self._gathers.append((gathered, self._rows_to_gather(group, producer.blocks, kept)))
+                staged = gathered = to_gathered(layer, max(rows[1:], default=1), order)
+                self._gathers.append((gathered, self._rows_to_gather(group, blocks, kept)))
                 rows[0] = 0
             self._staged.append(staged)
             self._settings.append(_Setting(staged, "stage_rows", rows))
         for attribute in group.attributes:
             module = self.denoiser.get_submodule(attribute.path)
             self._settings.append(_Setting(module, attribute.name, [attribute.per_unit * count for count in kept]))
+
+    def _layers_with_rows(self, group: Group) -> list[tuple[Producer, int]]:
+        """Producers and companions with their packed blocks; a norm without weights has nothing to slice."""
+        layers: list[tuple[Producer, int]] = [(layer_at(self.denoiser, p.path), p.blocks) for p in group.producers]
+        norms = [norm_at(self.denoiser, path) for path in group.companions]
+        return layers + [(norm, 1) for norm in norms if norm.affine]
 
     def _rows_to_gather(self, group: Group, blocks: int, kept: Sequence[int]) -> list[Tensor | None]:
         rows: list[Tensor | None] = [None]
@@ -280,7 +278,7 @@ def _refuse_load(module: nn.Module, *_: Any) -> None:
 
 
 def _check_state(denoiser: nn.Module, bank: Bank) -> None:
-    """Refuse states in which swapping Linears would be wrong or silently ignored, each with its remedy."""
+    """Refuse states in which swapping layers would be wrong or silently ignored, each with its remedy."""
     if pruner_of(denoiser) is not None:
         raise StagePruneError(
             "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change "
@@ -290,32 +288,37 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
     paths = {part.path for group in bank.groups for part in group.producers}
     paths |= {part.path for group in bank.groups for part in group.consumers}
     for path in sorted(paths):
-        linear = linear_at(denoiser, path)
-        if type(linear) is not nn.Linear:
+        layer = layer_at(denoiser, path)
+        if type(layer) not in (nn.Linear, nn.Conv2d):
             raise StagePruneError(
-                f"`{path}` is a {type(linear).__name__}, not a plain torch.nn.Linear. Fuse and unload LoRA, and "
-                "load the "
-                "unquantised model, before enabling stage pruning."
+                f"`{path}` is a {type(layer).__name__}, not a plain torch.nn.Linear or torch.nn.Conv2d. Fuse and "
+                "unload LoRA, and load the unquantised model, before enabling stage pruning."
             )
-        if hasattr(linear, "_hf_hook"):
-            raise StagePruneError(
-                f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, "
-                "then offload."
-            )
+        _refuse_offloaded(path, layer)
 
 
-def _check_companions(bank: Bank) -> None:
-    """Norms over a group's channels cannot be sliced yet; leaving them whole would be wrong in silence."""
-    companions = [path for group in bank.groups for path in group.companions]
-    if companions:
+def _check_companions(denoiser: nn.Module, bank: Bank) -> None:
+    """Only norms that can be swapped. To be called once the groups are known to be the family's own."""
+    for path in (path for group in bank.groups for path in group.companions):
+        norm = norm_at(denoiser, path)
+        if type(norm) is not nn.GroupNorm:
+            raise StagePruneError(
+                f"`{path}` is a {type(norm).__name__}, not a plain torch.nn.GroupNorm; prune with `kinds` that leave "
+                "its group out."
+            )
+        _refuse_offloaded(path, norm)
+
+
+def _refuse_offloaded(path: str, module: nn.Module) -> None:
+    if hasattr(module, "_hf_hook"):
         raise StagePruneError(
-            f"`{companions[0]}` is a norm over the channels of a pruned group, which the run time cannot slice yet; "
-            "prune with `kinds` that leave its group out."
+            f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, then "
+            "offload."
         )
 
 
 def _full_order(entries: Sequence[tuple[Group, int]], units: Mapping[str, Tensor], columns: int) -> Tensor:
-    """Permutation of a consumer's columns when the rows of its producers are permuted; other columns stay."""
+    """Permutation of a consumer's input channels when the rows of its producers are permuted; other columns stay."""
     order = torch.arange(columns)
     for entry in entries:
         group, offset = entry

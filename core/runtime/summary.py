@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..groups.group import linear_at
+from ..groups.layer import inputs_of, layer_at, norm_at, outputs_of, taps_of
 from ..pruning import Bank, realised_sparsity
 from ..schedule import ExecutedCost, executed_cost
 from .memory import resident_bytes
@@ -16,7 +16,7 @@ from .pruner import StagePruner
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: what was asked and what it comes to."""
+    """One stage: what was asked and what it comes to; units as `kept/all`, channels counted in norm groups."""
 
     high: float
     low: float
@@ -25,8 +25,24 @@ class StageRow:
     realised: float
     heads: str
     neurons: str
+    channels: str
     macs: int
     parameters: int
+
+
+_COLUMNS: tuple[tuple[str, int, Callable[[int, StageRow], str]], ...] = (
+    ("stage", 5, lambda index, row: str(index)),
+    ("tau", 13, lambda index, row: f"{row.high:>5.3f} - {row.low:<5.3f}"),
+    ("level", 5, lambda index, row: str(row.level)),
+    ("asked", 6, lambda index, row: f"{row.requested:.3f}"),
+    ("MACs cut", 8, lambda index, row: f"{row.realised:.3f}"),
+    ("heads", 9, lambda index, row: row.heads),
+    ("neurons", 13, lambda index, row: row.neurons),
+    ("channels", 9, lambda index, row: row.channels),
+    ("GMACs", 8, lambda index, row: f"{row.macs / 1e9:.3f}"),
+    ("M params", 8, lambda index, row: f"{row.parameters / 1e6:.2f}"),
+)
+"""Heading, width and cell of each column of the printed table."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +69,17 @@ class StageSummary:
     executed: ExecutedCost | None = None
     steps: int | None = None
 
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether inner channels of convolutions are pruned too."""
+        return any(row.channels != "0/0" for row in self.stages)
+
     def __str__(self) -> str:
-        names = ("stage", "tau", "level", "asked", "MACs cut", "heads", "neurons", "GMACs", "M params")
-        head = "  ".join(f"{name:>{width}}" for name, width in zip(names, (5, 13, 5, 6, 8, 9, 13, 8, 8), strict=True))
-        lines = ["Stage pruning (noisiest stage first; MACs of one sample's forward)", head]
+        lines = ["Stage pruning (noisiest stage first; MACs of one sample's forward)"]
+        shown = [column for column in _COLUMNS if column[0] != "channels" or self.prunes_channels]
+        lines.append("  ".join(f"{name:>{width}}" for name, width, _ in shown))
         for index, row in enumerate(self.stages):
-            cells = (
-                f"{index:>5}",
-                f"{row.high:>5.3f} - {row.low:<5.3f}",
-                f"{row.level:>5}",
-                f"{row.requested:>6.3f}",
-                f"{row.realised:>8.3f}",
-                f"{row.heads:>9}",
-                f"{row.neurons:>13}",
-                f"{row.macs / 1e9:>8.3f}",
-                f"{row.parameters / 1e6:>8.2f}",
-            )
-            lines.append("  ".join(cells))
+            lines.append("  ".join(f"{cell(index, row):>{width}}" for _, width, cell in shown))
         lines.append(f"dense: {self.dense_macs / 1e9:.3f} GMACs, {self.dense_parameters / 1e6:.2f} M parameters")
         lines.append(
             f"memory: {self.resident_bytes / 2**20:.1f} MiB resident = {self.resident_bytes / self.dense_bytes:.2f} "
@@ -106,6 +116,7 @@ def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: i
                 realised=realised_sparsity(dict(bank.kept), cost, level),
                 heads=_kept(bank, level, "head"),
                 neurons=_kept(bank, level, "neuron"),
+                channels=_kept(bank, level, "channel"),
                 macs=macs[bank.sparsities[level]],
                 parameters=dense - _removed_parameters(pruner.denoiser, bank, level),
             )
@@ -134,7 +145,11 @@ def _removed_parameters(denoiser: nn.Module, bank: Bank, level: int) -> int:
     for group in bank.groups:
         channels = (group.size - bank.kept[group.name][level]) * group.width
         for producer in group.producers:
-            linear = linear_at(denoiser, producer.path)
-            removed += channels * producer.blocks * (linear.in_features + (linear.bias is not None))
-        removed += sum(channels * linear_at(denoiser, consumer.path).out_features for consumer in group.consumers)
+            layer = layer_at(denoiser, producer.path)
+            removed += channels * producer.blocks * (inputs_of(layer) * taps_of(layer) + (layer.bias is not None))
+        for path in group.companions:
+            removed += channels * sum(1 for _ in norm_at(denoiser, path).parameters())
+        for consumer in group.consumers:
+            layer = layer_at(denoiser, consumer.path)
+            removed += channels * outputs_of(layer) * taps_of(layer)
     return removed

@@ -1,5 +1,5 @@
 """One declarative file a family. Importing this package registers them all."""
 
-from . import dit
+from . import dit, unet
 
-__all__ = ["dit"]
+__all__ = ["dit", "unet"]
