@@ -38,7 +38,7 @@ def calibrate(
     prompts: Sequence[Prompt],
     *,
     steps: int = 25,
-    guidance: float = 1.5,
+    guidance: float | None = None,
     stages: int | Sequence[float] = 1,
     alpha: str = "uniform",
     seed: int = 0,
@@ -51,7 +51,7 @@ def calibrate(
         pipe: a diffusers pipeline of a supported family.
         prompts: texts or class labels; each gets its own seed (`seed`, `seed + 1`, ...).
         steps: sampling steps.
-        guidance: guidance scale; above 1 the unconditional pass is recorded too.
+        guidance: guidance scale, the pipeline's usual one by default; above 1 the unconditional pass is recorded too.
         stages: equal stages kept apart (needed for orders or consumers per stage), or inner boundaries in tau, falling.
         alpha: weight of each step: `uniform` or `log-decrease` (OBS-Diff, equation 5).
         seed: first seed.
@@ -65,11 +65,12 @@ def calibrate(
         >>> calibration = stageprune.calibrate(pipe, list(range(10)) * 4, steps=20)
         >>> calibration.save("out/calibration.safetensors")
     """
+    host = host_for(pipe)
     return _calibration.calibrate(
-        host_for(pipe),
+        host,
         prompts,
         steps=steps,
-        guidance=guidance,
+        guidance=host.default_guidance if guidance is None else guidance,
         stages=stages,
         alpha=alpha,
         seed=seed,

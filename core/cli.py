@@ -31,7 +31,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Prompts = Annotated[
     str | None,
     typer.Option(
-        help="Prompts or class labels, separated by commas, or @FILE with one a line. Default: the pipeline's classes."
+        help="Prompts or class labels, separated by commas, or @FILE with one a line. Default: the pipeline's own."
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: those of the calibration.")]
@@ -58,7 +58,7 @@ def calibrate(
         int, typer.Option(min=1, help="How many prompts; a shorter list is repeated with new seeds.")
     ] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 1.5,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
     alpha: Annotated[str, typer.Option(help="Weight of the steps: uniform or log-decrease.")] = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
@@ -181,13 +181,14 @@ def generate(
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="First seed; each prompt gets the next one.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 1.5,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Generate images, dense or pruned, with the same seeds either way."""
     import torch
 
+    from .hosts.diffusers import DiffusersHost
     from .hosts.diffusers.attach import enable_stage_pruning, stage_pruning_summary
 
     pipeline = _load(pipe, device, dtype)
@@ -195,12 +196,11 @@ def generate(
     if bundle is not None:
         enable_stage_pruning(pipeline, bundle)
         typer.echo(str(stage_pruning_summary(pipeline, steps)))
-    from .hosts.diffusers import DiffusersHost
-
     host = DiffusersHost(pipeline)
-    inputs = host.adapter.call_arguments(pipeline, chosen)
+    scale = host.default_guidance if guidance is None else guidance
+    inputs = host.adapter.call_arguments(pipeline, chosen, scale)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(chosen))]
-    images = pipeline(**inputs, generator=generators, num_inference_steps=steps, guidance_scale=guidance).images
+    images = pipeline(**inputs, generator=generators, num_inference_steps=steps).images
     out.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         image.save(out / f"{index:03d}-seed{seed + index}.png")

@@ -61,17 +61,21 @@ class Host(Protocol):
         """How to read the noise level from a call of the denoiser."""
 
     def taus(self, steps: int) -> list[float]:
-        """Noise level of each denoiser call that the sampler makes for `steps`, in order."""
+        """Noise level of each call of the (guided) denoiser that the sampler makes for `steps`, in order."""
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale to use when the user gives none."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts once. ValueError names the first prompt that the model cannot take."""
 
     def start(self, seeds: Sequence[int], steps: int) -> SamplerState:
-        """The state before the first call: noise, one seed a sample. A sampler that draws more noise on its way draws it
-        from the same seeds.
+        """The state before the first call: noise, one seed a sample. A sampler that draws more noise on its way draws
+        it from the same seeds.
         """
 
     def advance(self, state: SamplerState, conditions: Conditions, guidance: float, until: int) -> SamplerState:

@@ -101,8 +101,10 @@ def test_measured_is_never_worse_than_uniform(host, fine_bank, target, steps):
 
 def test_held_out_seeds_are_not_those_of_the_table(host, fine_bank, monkeypatch):
     drawn = []
-    real = DiffusersHost.noise
-    monkeypatch.setattr(DiffusersHost, "noise", lambda self, seeds: drawn.append(list(seeds)) or real(self, seeds))
+    real = DiffusersHost.start
+    monkeypatch.setattr(
+        DiffusersHost, "start", lambda self, seeds, steps: drawn.append(list(seeds)) or real(self, seeds, steps)
+    )
     allocate(host, fine_bank, target=0.7, prompts=PROMPTS, steps=5)
     assert drawn == [[10_000, 10_001, 10_002, 10_003], [10_004, 10_005, 10_006, 10_007]]
 

@@ -62,7 +62,7 @@ def evaluate(
         prompts: repeated up to `count`; those of the calibration, or else the host's own, by default.
         count: samples of each variant, at least 2.
         steps: sampling steps; those of the calibration by default, or 25.
-        guidance: guidance scale; that of the calibration by default, or 1.5.
+        guidance: guidance scale; that of the calibration by default, or the pipeline's usual one.
         seed: first seed; calibration and allocation use lower ones, so that the default never meets them.
         batch_size: samples that run together; each batch is a round of timing.
         judge: gives class accuracy and Fréchet distance; without it the report has paired metrics only. It is put in
@@ -85,7 +85,7 @@ def evaluate(
     require_report_extra()
     made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
-    guidance = guidance if guidance is not None else made.get("guidance", 1.5)
+    guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
     _check(host, bundle, allocation, count=count, batch_size=batch_size, steps=steps)
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
     prompts = [prompts[i % len(prompts)] for i in range(count)]

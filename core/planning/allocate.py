@@ -165,7 +165,7 @@ def allocate(
     """
     made: Mapping[str, Any] = bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
-    guidance = guidance if guidance is not None else made.get("guidance", 1.5)
+    guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
     prompts = list(prompts if prompts is not None else made.get("prompts", [])[:DEFAULT_PROBES])
     budget = Target.parse(target)
     if steps < 1:

@@ -21,11 +21,10 @@ class DenoiserHost:
         denoiser: a denoiser of a supported family.
     """
 
-    component = "transformer"
-
     def __init__(self, denoiser: nn.Module) -> None:
         family_of(denoiser)
         self._denoiser = denoiser
+        self.component = "unet" if "UNet" in type(denoiser).__name__ else "transformer"
 
     @property
     def denoiser(self) -> nn.Module:
@@ -52,3 +51,4 @@ class DenoiserHost:
         )
 
     taus = default_prompts = encode = start = advance = decode = _refuse
+    default_guidance = property(_refuse)

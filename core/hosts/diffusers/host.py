@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from ...errors import StagePruneError
 from ...groups import families
 from ...host import Conditions, Prompt, SamplerState, TauReader
-from .pipelines import PipelineAdapter, adapter_for
+from .pipelines import PipelineAdapter, Sampler, adapter_for
 from .timesteps import TimestepReader, reader_for
+
+ENCODED_TOGETHER = 32
+"""Prompts that are encoded in one batch."""
 
 
 class DiffusersHost:
@@ -55,42 +58,51 @@ class DiffusersHost:
         return reader_for(self._denoiser, self.pipe.scheduler.config.num_train_timesteps)
 
     def taus(self, steps: int) -> list[float]:
-        """Noise level of every entry of the scheduler's timesteps; solvers that call twice a step list both."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(steps)
-        reader = self._reader
-        return [reader((), {reader.argument: timestep}) for timestep in scheduler.timesteps]
+        """Noise level of every entry of the scheduler's timesteps. Solvers that call twice a step list both; guidance
+        by a second call is listed once with its first.
+        """
+        reader, adapter = self._reader, self.adapter
+        timesteps = self._scheduler(steps).timesteps
+        return [reader((), {reader.argument: adapter.time_argument(self.pipe, timestep)}) for timestep in timesteps]
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""
         return self.adapter.default_prompts(self.pipe)
 
+    @property
+    def default_guidance(self) -> float:
+        """The guidance that this pipeline's models are used with."""
+        return self.adapter.default_guidance(self.pipe)
+
+    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
-        """Encode prompts or class labels."""
-        return self.adapter.encode(self.pipe, prompts)
+        """Encode texts or class labels, a few at a time: text encoders are large."""
+        if not prompts:
+            raise StagePruneError("`prompts` is empty: give at least one text or class label.")
+        parts = [
+            self.adapter.encode(self.pipe, prompts[begin : begin + ENCODED_TOGETHER]).tensors
+            for begin in range(0, len(prompts), ENCODED_TOGETHER)
+        ]
+        return Conditions({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def start(self, seeds: Sequence[int], steps: int) -> SamplerState:
-        """Noise as `pipe(generator=[torch.Generator().manual_seed(s) for s in seeds])` draws it, and a fresh copy of the
-        pipeline's scheduler, set to `steps`.
+        """Noise as `pipe(generator=[torch.Generator().manual_seed(s) for s in seeds])` draws it, and a fresh copy of
+        the pipeline's scheduler, set to `steps`.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), *self.adapter.latent_shape(self.pipe))
         dtype = next(self._denoiser.parameters()).dtype
         noise: Tensor = randn_tensor(shape, generator=generators, device=self.pipe._execution_device, dtype=dtype)
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(steps)
-        return SamplerState(0, noise, scheduler)
+        scheduler = self._scheduler(steps)
+        return SamplerState(0, self.adapter.first_latents(self.pipe, scheduler, noise), Sampler(scheduler, generators))
 
     @torch.no_grad()
     def advance(self, state: SamplerState, conditions: Conditions, guidance: float, until: int) -> SamplerState:
         """Denoise until `until` calls are made. The scheduler is copied first, so `state` can be used again."""
-        scheduler = copy.deepcopy(state.sampler)
-        latents = state.latents
-        for timestep in scheduler.timesteps[state.index : until]:
-            latents = self.adapter.begin_step(scheduler, latents, timestep)
-            output = self.adapter.predict(self.pipe, scheduler, latents, timestep, conditions, guidance)
-            latents = scheduler.step(output, timestep, latents).prev_sample
-        return SamplerState(until, latents, scheduler)
+        adapter, sampler, latents = self.adapter, state.sampler.copy(), state.latents
+        for timestep in sampler.scheduler.timesteps[state.index : until]:
+            latents = adapter.step(self.pipe, sampler, latents, timestep, conditions, guidance)
+        return SamplerState(until, latents, sampler)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -111,6 +123,12 @@ class DiffusersHost:
             "dtype": str(next(self._denoiser.parameters()).dtype).removeprefix("torch."),
             "versions": {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__},
         }
+
+    def _scheduler(self, steps: int) -> Any:
+        """A copy of the pipeline's scheduler, set to `steps`."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        self.adapter.set_timesteps(self.pipe, scheduler, steps)
+        return scheduler
 
 
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:

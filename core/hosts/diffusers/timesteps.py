@@ -31,7 +31,12 @@ class Convention:
 
 # Per denoiser class; what is not listed follows the first convention. Measured on real pipelines
 # (tests/test_timesteps.py).
-CONVENTIONS: dict[str, Convention] = {"DiTTransformer2DModel": Convention()}
+CONVENTIONS: dict[str, Convention] = {
+    "DiTTransformer2DModel": Convention(),
+    "UNet2DConditionModel": Convention(),
+    "SD3Transformer2DModel": Convention(),
+    "FluxTransformer2DModel": Convention(scale=1.0),
+}
 
 
 @dataclass(frozen=True)
