@@ -181,7 +181,7 @@ def test_a_family_can_be_registered(monkeypatch):
             def tokens(self, denoiser, size=None):
                 return {"image": 1}
 
-            def example_inputs(self, denoiser, batch=1, seed=0):
+            def example_inputs(self, denoiser, batch=1, seed=0, size=None):
                 return {"x": torch.randn(batch, 4)}
 
         assert families()["Mine"] == "mine"

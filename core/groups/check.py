@@ -6,7 +6,8 @@ tested against them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ def check_slice_equals_mask(
     inputs: dict[str, Any] | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
+    size: tuple[int, int] | None = None,
 ) -> list[GroupCheck]:
     """Check every group of `denoiser` with a random half of its units kept; the weights are left as they were.
 
@@ -45,12 +47,14 @@ def check_slice_equals_mask(
         inputs: keyword arguments of a forward; the family's example by default.
         seed: of the choice of units.
         tolerance: largest relative difference that passes.
+        size: latent height and width of the family's example; a small one is as good, and faster.
 
     Raises:
         GroupError: a group differs by more, naming it and the difference.
     """
     groups = find_groups(denoiser) if groups is None else groups
-    inputs = family_of(denoiser).example_inputs(denoiser, batch=2, seed=seed) if inputs is None else inputs
+    if inputs is None:
+        inputs = family_of(denoiser).example_inputs(denoiser, batch=2, seed=seed, size=size)
     generator = torch.Generator().manual_seed(seed)
     results = []
     for group in groups:
@@ -85,7 +89,7 @@ def masked(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tens
                     mask[group.columns(keep[group.name].to(mask.device), offset)] = 1
             mask = mask[:, None, None] if isinstance(layer, nn.Conv2d) else mask  # where the input's channels are
             stack.callback(layer.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m,)).remove)
-        for path in _skipped_blocks(groups, keep):
+        for path, _ in _skipped_blocks(groups, keep):
             for name in consumer_sites(width_groups(groups)):
                 if name.startswith(f"{path}."):
                     hook = layer_at(denoiser, name).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
@@ -113,16 +117,29 @@ def sliced(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tens
             if any(group.name in keep for group, _ in entries):
                 units_of = {g.name: keep.get(g.name, torch.arange(g.size)) for g, _ in entries}
                 _replace(stack, layer_at(denoiser, path), columns=kept_columns(entries, units_of))
-        for path in _skipped_blocks(groups, keep):
+        for path, passes in _skipped_blocks(groups, keep):
             block = denoiser.get_submodule(path)
             stack.callback(block.__dict__.pop, "forward")
-            block.forward = lambda hidden, *args, **kwargs: hidden
+            block.forward = _passing(block.forward, passes)
         yield
 
 
-def _skipped_blocks(groups: Sequence[Group], keep: Mapping[str, Tensor]) -> list[str]:
+def _passing(forward: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """A forward that returns these of its arguments, the first one by default."""
+    signature = inspect.signature(forward)
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        passed = tuple(given[name] for name in names or list(given)[:1])
+        return passed if len(passed) > 1 else passed[0]
+
+    return passing
+
+
+def _skipped_blocks(groups: Sequence[Group], keep: Mapping[str, Tensor]) -> list[tuple[str, tuple[str, ...]]]:
+    """Path of each block that is not kept, and what it passes through."""
     return [
-        path
+        (path, group.passes)
         for group in groups
         if group.kind == "block" and group.name in keep
         for index, path in enumerate(group.blocks)

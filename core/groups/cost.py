@@ -61,7 +61,13 @@ def measure_cost(
     Args:
         denoiser: the dense denoiser; it may live on the meta device, no weight is read.
         groups: its groups; found by its family if not given.
-        size: latent height and width, the model's own by default (only that is supported for fixed-size models).
+        size: latent height and width; by default the model's own, or that of its pipeline.
+
+    Raises:
+        GroupError: the model cannot run at `size`.
+
+    Example:
+        >>> measure_cost(pipe.transformer, size=(64, 64)).dense
     """
     groups = find_groups(denoiser) if groups is None else groups
     tokens = family_of(denoiser).tokens(denoiser, size)
@@ -69,7 +75,7 @@ def measure_cost(
     units = {group.name: group.cost.macs(tokens) for group in widths}
     sizes = {group.name: group.size for group in widths}
     paths = next((group.blocks for group in groups if group.kind == "block"), ())
-    counts = _count_flops(denoiser)
+    counts = _count_flops(denoiser, size)
     members = tuple(
         tuple(group.name for group in widths if group.consumers[0].path.startswith(f"{path}.")) for path in paths
     )
@@ -80,11 +86,11 @@ def measure_cost(
     return DenoiserCost(counts["Global"] // 2, units, sizes, overhead, members)
 
 
-def _count_flops(denoiser: nn.Module) -> dict[str, int]:
+def _count_flops(denoiser: nn.Module, size: tuple[int, int] | None) -> dict[str, int]:
     """FLOPs of one forward of one sample by module name, run on the meta device."""
     state = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    inputs = {name: _to_meta(value) for name, value in family_of(denoiser).example_inputs(denoiser).items()}
+    inputs = {name: _to_meta(value) for name, value in family_of(denoiser).example_inputs(denoiser, size=size).items()}
     # Attention takes its decomposed path on meta tensors, whose two matmuls the counter sees.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), _bare(denoiser):
         torch.func.functional_call(denoiser, meta, kwargs=inputs)

@@ -91,7 +91,9 @@ class Group:
         consumers: layers that read them.
         companions: paths of GroupNorms between the two, one norm group a unit, sliced with the rows.
         attributes: integers that must follow the kept count.
-        blocks: for kind `block`: module paths, one a unit; a removed block returns its first argument.
+        blocks: for kind `block`: module paths, one a unit.
+        passes: for kind `block`: arguments of the blocks' forward that a removed block returns, one as it is, several
+            as a tuple; by default its first one.
         cost: MACs of one unit.
     """
 
@@ -104,6 +106,7 @@ class Group:
     companions: tuple[str, ...] = ()
     attributes: tuple[Attribute, ...] = ()
     blocks: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     cost: UnitCost = UnitCost()
 
     @property

@@ -23,8 +23,13 @@ class Family(Protocol):
     def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
         """Tokens per stream for a latent of `size` (height, width); the model's own size by default."""
 
-    def example_inputs(self, denoiser: nn.Module, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments of one forward on random input, on the denoiser's device and in its dtype."""
+    def example_inputs(
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of one forward on random input, on the denoiser's device and in its dtype.
+
+        They have as many tokens as `tokens` says for the same `size`. Models of one size refuse others with GroupError.
+        """
 
 
 _FAMILIES: dict[str, Family] = {}

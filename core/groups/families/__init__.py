@@ -1,5 +1,5 @@
 """One declarative file a family. Importing this package registers them all."""
 
-from . import dit, unet
+from . import dit, flux, sd3, unet
 
-__all__ = ["dit", "unet"]
+__all__ = ["dit", "flux", "sd3", "unet"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from ...errors import GroupError
 from ..group import Attribute, Cols, Group, Rows, UnitCost
 from ..registry import register_family
+from .inputs import Draw, patch_grid
 
 
 @register_family
@@ -33,21 +34,28 @@ class DiT:
     def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
         """One stream, `image`: a token a patch."""
         config: Any = denoiser.config
-        height, width = size or (config.sample_size, config.sample_size)
-        return {"image": (height // config.patch_size) * (width // config.patch_size)}
+        rows, columns = patch_grid(_own_size(denoiser, size), config.patch_size)
+        return {"image": rows * columns}
 
-    def example_inputs(self, denoiser: nn.Module, batch: int = 1, seed: int = 0) -> dict[str, Any]:
+    def example_inputs(
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
         """Random latents at random timesteps with random class labels."""
         config: Any = denoiser.config
-        weight = next(denoiser.parameters())
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
-        labels = torch.randint(0, config.num_embeds_ada_norm, (batch,), generator=generator)
+        draw = Draw(denoiser, batch, seed)
         return {
-            "hidden_states": torch.randn(shape, generator=generator).to(weight.device, weight.dtype),
-            "timestep": torch.randint(0, 1000, (batch,), generator=generator).to(weight.device),
-            "class_labels": labels.to(weight.device),
+            "hidden_states": draw.normal(config.in_channels, *_own_size(denoiser, size)),
+            "timestep": draw.integers(1000),
+            "class_labels": draw.integers(config.num_embeds_ada_norm),
         }
+
+
+def _own_size(denoiser: nn.Module, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The only size that the model is trained for; GroupError for another."""
+    own: Any = denoiser.config.sample_size  # type: ignore[union-attr]
+    if size is not None and tuple(size) != (own, own):
+        raise GroupError(f"`size` must be {own} x {own}, the one that this DiT is made for; got {size}.")
+    return own, own
 
 
 def _heads(index: int, block: Any) -> Group:

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import GroupError
 from ..group import Attribute, Cols, Group, Rows, UnitCost
 from ..registry import register_family
+from .inputs import Draw
 
 TEXT_TOKENS = 77
 """Length of a CLIP prompt. The configuration does not hold it."""
@@ -68,34 +68,20 @@ class UNet:
                 height, width = _downsampled(sampler, height), _downsampled(sampler, width)
         return tokens
 
-    def example_inputs(self, denoiser: nn.Module, batch: int = 1, seed: int = 0) -> dict[str, Any]:
+    def example_inputs(
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
         """Random latents, timesteps and text, with whatever else the configuration asks for."""
         config: Any = denoiser.config
-        draw = _Draw(denoiser, batch, seed)
+        draw = Draw(denoiser, batch, seed)
         inputs = {
-            "sample": draw.normal(config.in_channels, *_sample_size(denoiser)),
+            "sample": draw.normal(config.in_channels, *(size or _sample_size(denoiser))),
             "timestep": draw.integers(1000),
             "encoder_hidden_states": draw.normal(TEXT_TOKENS, _text_width(config)),
         }
         if config.time_cond_proj_dim is not None:
             inputs["timestep_cond"] = draw.normal(config.time_cond_proj_dim)
         return inputs | _class_inputs(denoiser, draw) | _added_inputs(denoiser, draw)
-
-
-class _Draw:
-    """Random tensors with one row a sample, on the denoiser's device and in its dtype."""
-
-    def __init__(self, denoiser: nn.Module, batch: int, seed: int) -> None:
-        self.like = next(denoiser.parameters())
-        self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        values = torch.randn((self.batch, *shape), generator=self.generator)
-        return values.to(self.like.device, self.like.dtype)
-
-    def integers(self, high: int) -> Tensor:
-        return torch.randint(0, high, (self.batch,), generator=self.generator).to(self.like.device)
 
 
 def _sites(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -259,7 +245,7 @@ def _text_width(config: Any) -> int:
     return int(widths.pop())
 
 
-def _class_inputs(denoiser: nn.Module, draw: _Draw) -> dict[str, Any]:
+def _class_inputs(denoiser: nn.Module, draw: Draw) -> dict[str, Any]:
     """Class labels or class embeddings, whichever the model takes."""
     unet: Any = denoiser
     config = unet.config
@@ -274,7 +260,7 @@ def _class_inputs(denoiser: nn.Module, draw: _Draw) -> dict[str, Any]:
     return {"class_labels": draw.normal(config.projection_class_embeddings_input_dim)}
 
 
-def _added_inputs(denoiser: nn.Module, draw: _Draw) -> dict[str, Any]:
+def _added_inputs(denoiser: nn.Module, draw: Draw) -> dict[str, Any]:
     """SDXL's pooled text and sizes. The model joins both, so only their common width matters."""
     config: Any = denoiser.config
     if config.addition_embed_type in (None, "text"):
