@@ -16,7 +16,7 @@ from torch import Tensor
 
 import stageprune
 from common import GUIDANCE, LEVELS, MULTIPLE, RESULTS, Demo, mean_and_spread, write_results
-from stageprune.core.evaluation.metrics import class_hits, frechet, mse
+from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.planning.allocate import TOLERANCE
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied
@@ -119,7 +119,7 @@ class Runner:
         dense, fine = self.reference(index, steps), self.reference(index, REFERENCE_STEPS)
         with torch.no_grad():
             features = demo.judge.features(images).double()
-        hits = class_hits(demo.judge, images, torch.tensor(demo.labels(count)))
+        hits = demo.judge.hits(images, demo.labels(count))
         metrics = {
             "latent_mse": float(mse(latents, dense).mean()),
             "image_mse": float(mse(images, demo.images(dense)).mean()),

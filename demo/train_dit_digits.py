@@ -11,16 +11,12 @@ and writes its part of the folder; `measure` reads the saved files back and prin
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +27,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stageprune.core.evaluation.judge import Judge
-
-log = logging.getLogger("train_dit_digits")
+from stageprune.core.evaluation.class_judge import ClassJudge
+from training import Average, batches, log, optimiser, publish, record, standardise
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = 1000  # DiTPipeline hard-codes this id for "no class"
@@ -98,65 +93,12 @@ def to_model(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) * 2 - 1
 
 
-def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` batches of indices, each epoch in a new order."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        yield order[:size]
-        order = order[size:]
-
-
-def optimiser(module: nn.Module, steps: int, peak: float, decay: float = 0.0) -> Callable[[Tensor], None]:
-    """A function that takes a loss and makes one AdamW step: warm-up to the peak rate, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        rest = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-    def descend(loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-
-    return descend
-
-
-def record(settings: Settings, **figures: Any) -> None:
-    """Merge figures into `figures.json` and log them, so that the README never has to be trusted."""
-    path = settings.out / "figures.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, **figures}, indent=2) + "\n", encoding="utf-8")
-    for name, value in figures.items():
-        log.info("%s: %s", name, value)
-
-
-def publish(folder: Path, save: Callable[[Path], None]) -> None:
-    """Write files next to `folder`, then move each into place: a reader never sees half a file."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-        save(Path(partial))
-        for source in sorted(path for path in Path(partial).rglob("*") if path.is_file()):
-            target = folder / source.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.chmod(0o644)  # files made in a temporary folder are private
-            os.replace(source, target)
-
-
 def train_judge(settings: Settings) -> None:
     """Train the judge on 80 % of the real digits, and store the real digits' statistics with it."""
     generator = torch.Generator().manual_seed(settings.seed)
     images, labels = digits()
     train, held = split(labels)
-    judge = Judge()
+    judge = ClassJudge()
     descend = optimiser(judge.train(), settings.judge_steps, 3e-3, 0.05)
     for step, picked in enumerate(batches(len(train), 64, settings.judge_steps, generator)):
         picked = train[picked]
@@ -166,7 +108,7 @@ def train_judge(settings: Settings) -> None:
         if step % 250 == 0:
             log.info("judge step %d/%d loss %.4f", step, settings.judge_steps, loss.item())
     judge.eval().requires_grad_(False)
-    judge.held_out_accuracy = judge.recognised(enlarge(images[held]), labels[held])
+    judge.held_out_accuracy = recognised(judge, enlarge(images[held]), labels[held])
     judge.held_out_images = len(held)
     judge.fit_reference(torch.cat([augment(images, generator) for _ in range(16)]))
     publish(settings.out / "judge", judge.save)
@@ -201,24 +143,7 @@ def train_vae(settings: Settings) -> None:
     standardise(vae, encode(vae, augment(images, generator)))
     vae.register_to_config(scaling_factor=round(float(1 / encode(vae, enlarge(images)).std()), 4))
     publish(settings.out / "vae", vae.save_pretrained)
-    record(settings, vae_scaling_factor=vae.config.scaling_factor)
-
-
-@torch.no_grad()
-def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Give every latent channel zero mean and unit variance by changing the two 1x1 convolutions around it.
-
-    `scaling_factor` is one number for all channels and there is no shift that DiTPipeline would apply. Both
-    convolutions are linear and see one position at a time, so the reconstructions stay exactly as they were.
-    """
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    channels = len(mean)
-    before, after = vae.quant_conv, vae.post_quant_conv
-    before.weight[:channels] /= std.view(-1, 1, 1, 1)
-    before.bias[:channels] = (before.bias[:channels] - mean) / std
-    before.bias[channels:] -= 2 * std.log()
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight *= std.view(1, -1, 1, 1)
+    record(settings.out, vae_scaling_factor=vae.config.scaling_factor)
 
 
 @torch.no_grad()
@@ -291,17 +216,15 @@ def train_dit(settings: Settings) -> None:
     latents, labels = torch.cat(copies) * vae.config.scaling_factor, labels.repeat(settings.copies)
     dit = new_dit()
     descend = optimiser(dit, settings.dit_steps, settings.learning_rate, 0.01)
-    parameters = list(dit.parameters())
-    average = [parameter.detach().clone() for parameter in parameters]
+    average = Average(dit, settings.ema_decay)
     for step, picked in enumerate(batches(len(latents), settings.batch, settings.dit_steps, generator), start=1):
         descend(loss := diffusion_loss(dit, latents[picked], labels[picked], generator))
-        keep = min(settings.ema_decay, step / (step + 10))  # a short memory first: the first weights are noise
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - keep)
+        average.update(step)
         if step % 100 == 0:
             log.info("dit step %d/%d loss %.4f", step, settings.dit_steps, loss.item())
         if step % 1000 == 0:
-            save_pipeline(settings, settings.work, average)
-    save_pipeline(settings, settings.out, average)
+            save_pipeline(settings, settings.work, average.weights)
+    save_pipeline(settings, settings.out, average.weights)
 
 
 @torch.no_grad()
@@ -316,9 +239,14 @@ def generate(settings: Settings, steps: int) -> tuple[Tensor, Tensor]:
     return torch.cat(parts).mean(dim=1, keepdim=True), labels
 
 
-def score(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, float]:
+def recognised(judge: ClassJudge, images: Tensor, labels: Tensor) -> float:
+    """The share of images that the judge takes for what they should be."""
+    return float(judge.hits(images, labels.tolist()).double().mean())
+
+
+def score(judge: ClassJudge, images: Tensor, labels: Tensor) -> dict[str, float]:
     """How many images the judge recognises as what they should be, and their distance to the real ones."""
-    return {"recognised": judge.recognised(images, labels), "frechet": round(judge.frechet(images), 4)}
+    return {"recognised": recognised(judge, images, labels), "frechet": round(judge.frechet(images), 4)}
 
 
 def measure_copies(settings: Settings, samples: Tensor, fresh: Tensor, order: Tensor) -> None:
@@ -333,10 +261,10 @@ def measure_copies(settings: Settings, samples: Tensor, fresh: Tensor, order: Te
     other = real.masked_fill(order[:, None] == torch.arange(len(copies)) % len(images), math.inf)
     named = {"samples": sampled, "real": real, "real_without_own_digit": other}
     means = {name: round(float(distances.amin(dim=1).mean()), 4) for name, distances in named.items()}
-    record(settings, nearest_training_image=means)
+    record(settings.out, nearest_training_image=means)
 
 
-def measure_real(settings: Settings, judge: Judge) -> tuple[Tensor, Tensor]:
+def measure_real(settings: Settings, judge: ClassJudge) -> tuple[Tensor, Tensor]:
     """What the judge says of real digits, bare and through the autoencoder; returns those and their indices."""
     images, labels = digits()
     held = split(labels)[1]
@@ -346,8 +274,8 @@ def measure_real(settings: Settings, judge: Judge) -> tuple[Tensor, Tensor]:
     vae = AutoencoderKL.from_pretrained(settings.out / "vae").requires_grad_(False)
     decoded = (vae.decode(encode(vae, fresh)).sample.mean(dim=1, keepdim=True) / 2 + 0.5).clamp(0, 1)
     record(
-        settings,
-        judge_held_out=judge.recognised(enlarge(images[held]), labels[held]),
+        settings.out,
+        judge_held_out=recognised(judge, enlarge(images[held]), labels[held]),
         real_augmented=score(judge, fresh, labels[order]),
         real_through_vae=score(judge, decoded, labels[order]),
         vae_psnr_db=round(-10 * math.log10(float((decoded - fresh).square().mean())), 1),
@@ -357,12 +285,12 @@ def measure_real(settings: Settings, judge: Judge) -> tuple[Tensor, Tensor]:
 
 def measure(settings: Settings) -> None:
     """Every figure of the README, from the saved files."""
-    judge = Judge.load(settings.out / "judge")
+    judge = ClassJudge.load(settings.out / "judge")
     fresh, order = measure_real(settings, judge)
     rows = [enlarge(digits()[0][:20])]  # the data set begins 0 1 2 3 4 5 6 7 8 9 twice, as the samples do
     for steps in (20, 8, 4):
         samples, wanted = generate(settings, steps)
-        record(settings, **{f"samples_{steps}_steps": score(judge, samples, wanted)})
+        record(settings.out, **{f"samples_{steps}_steps": score(judge, samples, wanted)})
         rows += [samples[start : start + 20] for start in (range(0, 80, 20) if steps == 20 else (0,))]
         if steps == 20:
             measure_copies(settings, samples, fresh, order)
@@ -370,7 +298,7 @@ def measure(settings: Settings) -> None:
     picture = Image.fromarray(sheet.numpy()).resize((2 * sheet.shape[1], 2 * sheet.shape[0]), Image.Resampling.NEAREST)
     picture.save(settings.out / "samples.png", optimize=True)
     files = [path for path in settings.out.rglob("*") if path.is_file()]
-    record(settings, folder_megabytes=round(sum(path.stat().st_size for path in files) / 1e6, 2))
+    record(settings.out, folder_megabytes=round(sum(path.stat().st_size for path in files) / 1e6, 2))
 
 
 STAGES = {"judge": train_judge, "vae": train_vae, "dit": train_dit, "measure": measure}
@@ -392,7 +320,7 @@ def main() -> None:
         torch.manual_seed(settings.seed)
         started = time.perf_counter()
         STAGES[stage](settings)
-        record(settings, **{f"{stage}_seconds": round(time.perf_counter() - started, 1)})
+        record(settings.out, **{f"{stage}_seconds": round(time.perf_counter() - started, 1)})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import stageprune
 from stageprune.core.errors import StagePruneError
 from stageprune.core.evaluation import (
-    Judge,
+    ClassJudge,
     Report,
     evaluate,
     frechet,
@@ -22,7 +22,7 @@ from stageprune.core.evaluation import (
     psnr,
     ssim,
 )
-from stageprune.core.evaluation.metrics import class_hits, frechet_without_each, jackknife_error, standard_error
+from stageprune.core.evaluation.metrics import frechet_without_each, jackknife_error, standard_error
 from stageprune.core.evaluation.rows import COLUMNS
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
@@ -63,7 +63,7 @@ def allocation(pipe, bank):
 @pytest.fixture(scope="module")
 def judge():
     torch.manual_seed(1)
-    return Judge([1, 2, 3], held_out_accuracy=0.5, held_out_images=10)
+    return ClassJudge([1, 2, 3], held_out_accuracy=0.5, held_out_images=10)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_class_hits_and_standard_error(judge):
     predicted = torch.tensor(judge.labels)[judge.logits(images).argmax(1)]
     asked = predicted.clone()
     asked[0] = 99
-    assert class_hits(judge, images, asked).tolist() == [False, True, True, True]
+    assert judge.hits(images, asked).tolist() == [False, True, True, True]
     assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)  # std sqrt(2) over sqrt(2)
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from .benchmark import Benchmark, benchmark
+from .class_judge import ClassJudge
 from .curve import CurvePoint
 from .evaluate import evaluate
 from .judge import Judge
-from .metrics import class_hits, frechet, frechet_distance, mse, psnr, ssim
+from .metrics import frechet, frechet_distance, mse, psnr, ssim
 from .report import Report
 from .rows import Row
+from .scene_checker import SceneChecker
 from .variants import Variant, make_variants
 
 __all__ = [
     "Benchmark",
+    "ClassJudge",
     "CurvePoint",
     "Judge",
     "Report",
     "Row",
+    "SceneChecker",
     "Variant",
     "benchmark",
-    "class_hits",
     "evaluate",
     "frechet",
     "frechet_distance",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bundle import Bundle
 from ..errors import StagePruneError
-from ..host import Conditions, Host, Prompt
+from ..host import Host, Prompt
 from ..planning import Allocation
 from ..runtime import StagePruner, StageSummary, pruner_of, summarise
 from ..version import __version__
@@ -65,8 +65,8 @@ def evaluate(
         guidance: guidance scale; that of the calibration by default, or the pipeline's usual one.
         seed: first seed; calibration and allocation use lower ones, so that the default never meets them.
         batch_size: samples that run together; each batch is a round of timing.
-        judge: gives class accuracy and Fréchet distance; without it the report has paired metrics only. It is put in
-            evaluation mode.
+        judge: gives accuracy (of classes, or of captions) and Fréchet distance; without it the report has paired
+            metrics only. It is put in evaluation mode.
         grid: columns of the picture grid.
         curve: also run every level, and dense with fewer steps, on 16 samples.
         allocation: what chose the bundle's schedule: adds its error table and predictions.
@@ -90,7 +90,7 @@ def evaluate(
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     conditions = host.encode(prompts)
-    class_ids = _class_ids(conditions, judge)
+    wanted = None if judge is None else judge.wanted(prompts, conditions)
     summary = _summary(host, bundle, steps)
     job = Job(host, conditions, range(seed, seed + count), guidance, batch_size)
     variants = make_variants(host, bundle, steps)
@@ -100,7 +100,7 @@ def evaluate(
     shown, worst = list(range(min(grid, count))), _worst(runs[1].latents, runs[0].latents)
     if judge is not None:
         judge.eval()
-    rows, images = score(job, runs, judge, class_ids, [*shown, *worst])
+    rows, images = score(job, runs, judge, wanted, [*shown, *worst])
     labels = [_label(prompt, number) for prompt, number in zip(prompts, job.seeds, strict=True)]
     return Report(
         rows=tuple(rows),
@@ -108,7 +108,7 @@ def evaluate(
         summary=summary,
         taus=tuple(host.taus(steps)),
         environment=_environment(job, bundle, steps, judge),
-        notes=tuple(_notes(variants, judge, class_ids, count)),
+        notes=tuple(_notes(variants, judge, wanted is not None, count)),
         grid=_pictures(variants, labels, images, shown),
         worst=_pictures(variants, labels, images, worst),
         curve=error_curve(job, bundle, runs) if curve else (),
@@ -136,20 +136,6 @@ def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers:
         raise StagePruneError(
             "`allocation` chose another schedule than the bundle's; give the one that chose it, or none."
         )
-
-
-def _class_ids(conditions: Conditions, judge: Judge | None) -> Tensor | None:
-    """The classes asked for, shape (samples,), if the prompts are classes. All must be known to the judge."""
-    class_ids = conditions.tensors.get("class_labels")
-    if class_ids is None or judge is None:
-        return None
-    unknown = sorted(set(class_ids.tolist()) - set(judge.labels))
-    if unknown:
-        raise StagePruneError(
-            f"the judge does not know class {unknown[0]}; it knows {judge.labels}. Give `prompts` of these classes, or "
-            "no judge."
-        )
-    return class_ids.cpu()
 
 
 def _summary(host: Host, bundle: Bundle, steps: int) -> StageSummary:
@@ -204,16 +190,18 @@ def _percent(value: float | None) -> str:
     return "an unknown share" if value is None else f"{value:.1%}"
 
 
-def _notes(variants: Sequence[Variant], judge: Judge | None, class_ids: Tensor | None, count: int) -> list[str]:
+def _notes(variants: Sequence[Variant], judge: Judge | None, checked: bool, count: int) -> list[str]:
     """What a reader must know to read the numbers right."""
     notes = []
     if judge is None:
-        notes.append("No judge was given, so class accuracy and Fréchet distance were not measured.")
+        notes.append("No judge was given, so accuracy and Fréchet distance were not measured.")
     else:
-        if class_ids is None:
-            notes.append("The prompts are not class labels, so class accuracy was not measured.")
+        if checked:
+            notes.append(f"Accuracy is {judge.measures}; one image is {1 / count:.1%} of it.")
         else:
-            notes.append(f"One image is {1 / count:.1%} of class accuracy.")
+            notes.append(
+                f"The prompts are of a sort that the judge cannot check, so {judge.measures} was not measured."
+            )
         notes.append(f"{count} samples overstate a Fréchet distance: compare the rows with each other only.")
     schedule = next(variant for variant in variants if variant.name == SCHEDULE)
     unequal = [variant for variant in variants[2:] if abs(variant.macs_share - schedule.macs_share) > EQUAL_COST]

@@ -1,107 +1,84 @@
-"""The judge: a small independent classifier that scores generated images.
+"""Judges: small independent networks that score generated images.
 
-A demo host is only worth pruning if the damage can be measured. The judge answers two questions about a batch
-of images: is the class that was asked for still recognisable, and how far are the images from the real ones
-(Fréchet distance in the judge's own feature space, whose 32 dimensions need far fewer samples than Inception's
-2048). It is trained on real images only and never sees a generated one.
+A demo pipeline is only worth pruning if the damage can be measured. A judge answers two questions about a batch of
+images: do they show what was asked for, and how far are they from real ones (Fréchet distance in the judge's own
+feature space, whose 32 dimensions need far fewer samples than Inception's 2048). It is trained on real images only and
+never sees a generated one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..host import Conditions, Prompt
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-_REPAIR = "restore the folder from the repository, or train a new judge with `demo/train_dit_digits.py judge`"
+_REPAIR = "restore the folder from the repository, or train a new judge with the script in `demo/`"
+_KINDS: dict[str, type[Judge]] = {}
+
+J = TypeVar("J", bound="type[Judge]")
 
 
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
-    """One convolution with its normalisation and activation; the bias would be undone by the normalisation."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+def register_judge(cls: J) -> J:
+    """Class decorator: let `Judge.load` find the class under its `kind`."""
+    _KINDS[cls.kind] = cls
+    return cls
 
 
 class Judge(nn.Module):
-    """A convolutional classifier with a 32-dimensional feature space and the real images' statistics in it.
+    """What all judges have: a feature space, the real images' statistics in it, and files.
 
-    Images are `(B, 3, H, W)` or `(B, 1, H, W)` in [0, 1], of any size. Besides its weights a judge carries
-    `real_mean` and `real_cov`, the float64 statistics of real images' features for the Fréchet distance.
+    Images are `(B, 3, H, W)` in [0, 1].
+
+    Args:
+        held_out_accuracy: share of held-out real images that it got right.
+        held_out_images: how many those were.
+        reference_images: how many real images the statistics come from.
     """
 
+    kind: ClassVar[str]
+    measures: ClassVar[str]
+    """What `hits` counts, for tables."""
     num_features = 32
     real_mean: Tensor
     real_cov: Tensor
 
-    def __init__(
-        self,
-        labels: list[int] | None = None,
-        input_size: int = 16,
-        width: int = 24,
-        held_out_accuracy: float | None = None,
-        held_out_images: int = 0,
-        reference_images: int = 0,
-    ) -> None:
-        """Build an untrained judge; `labels[i]` is the class id that logit `i` stands for."""
+    def __init__(self, held_out_accuracy: float | None, held_out_images: int, reference_images: int) -> None:
         super().__init__()
-        if input_size % 4 or input_size <= 0:
-            raise ValueError(f"input_size must be a positive multiple of 4 (two poolings halve it), got {input_size}")
-        self.labels = list(range(10)) if labels is None else list(labels)
-        distinct = len(set(self.labels)) == len(self.labels) and all(isinstance(label, int) for label in self.labels)
-        if not self.labels or not distinct:
-            raise ValueError(f"labels must be distinct class ids and at least one, got {self.labels}")
-        self.input_size, self.width = input_size, width
         self.held_out_accuracy, self.held_out_images = held_out_accuracy, held_out_images
         self.reference_images = reference_images
-        self.body = nn.Sequential(
-            _conv(1, width),
-            _conv(width, width),
-            nn.MaxPool2d(2),
-            _conv(width, 2 * width),
-            _conv(2 * width, 2 * width),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(2 * width * (input_size // 4) ** 2, self.num_features, bias=False),
-            # Without a scale of their own the features' Fréchet distance would mean nothing between two trainings:
-            # a normalisation without affine parameters fixes each dimension's variance at about one.
-            nn.BatchNorm1d(self.num_features, affine=False),
-        )
-        self.head = nn.Linear(self.num_features, len(self.labels))
         self.register_buffer("real_mean", torch.zeros(self.num_features, dtype=torch.float64))
         self.register_buffer("real_cov", torch.eye(self.num_features, dtype=torch.float64))
 
     def features(self, images: Tensor) -> Tensor:
-        """The penultimate feature vectors `(B, 32)` of images in [0, 1]."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"the judge takes images of shape (B, 3, H, W) or (B, 1, H, W), got {list(images.shape)}")
-        grey = images.to(self.head.weight.dtype).mean(dim=1, keepdim=True)
-        if grey.shape[-2:] != (self.input_size, self.input_size):
-            size = (self.input_size, self.input_size)
-            grey = F.interpolate(grey, size=size, mode="bilinear", antialias=True, align_corners=False)
-        features: Tensor = self.body(grey)
-        return features
+        """The feature vectors `(B, 32)` of images."""
+        raise NotImplementedError
 
-    def logits(self, images: Tensor) -> Tensor:
-        """The unnormalised scores `(B, classes)`; column `i` stands for class id `labels[i]`."""
-        logits: Tensor = self.head(F.relu(self.features(images)))
-        return logits
+    def wanted(self, prompts: Sequence[Prompt], conditions: Conditions) -> list[Prompt] | None:
+        """What each image should show, in the judge's terms; None if the prompts are of a sort that it cannot check.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Same as `logits`."""
-        return self.logits(images)
+        Raises:
+            StagePruneError: a prompt is of the right sort, but unknown to the judge.
+        """
+        raise NotImplementedError
 
-    @torch.no_grad()
-    def recognised(self, images: Tensor, class_ids: Tensor) -> float:
-        """The share of images whose predicted class is the one in `class_ids`; an unknown class is wrong."""
-        predicted = torch.tensor(self.labels, device=images.device)[self.logits(images).argmax(dim=1)]
-        return float((predicted == class_ids.to(predicted.device)).double().mean())
+    def hits(self, images: Tensor, wanted: Sequence[Prompt]) -> Tensor:
+        """Whether each image shows what was asked for, shape (B,), bool, on the CPU."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the judge is."""
+        return self.real_mean.device
 
     @torch.no_grad()
     def frechet(self, images: Tensor) -> float:
@@ -111,15 +88,13 @@ class Judge(nn.Module):
     @torch.no_grad()
     def fit_reference(self, images: Tensor) -> None:
         """Take `images` as the real ones that `frechet` compares with."""
-        self.real_mean, self.real_cov = feature_statistics(self.features(images))
+        features = torch.cat([self.features(part) for part in torch.split(images, 512)])
+        self.real_mean, self.real_cov = feature_statistics(features)
         self.reference_images = len(images)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` holds: the arguments of `__init__`."""
+        """What `config.json` holds besides the kind: the arguments of `__init__`."""
         return {
-            "labels": self.labels,
-            "input_size": self.input_size,
-            "width": self.width,
             "held_out_accuracy": self.held_out_accuracy,
             "held_out_images": self.held_out_images,
             "reference_images": self.reference_images,
@@ -129,16 +104,18 @@ class Judge(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder`, which is created if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**self.config(), "num_features": self.num_features}, indent=2)
+        text = json.dumps({"kind": self.kind, **self.config(), "num_features": self.num_features}, indent=2)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a judge that `save` wrote, in evaluation mode; a `ValueError` names the file that is at fault."""
+        """Read a judge of any kind that `save` wrote, in evaluation mode; a `ValueError` names the file at fault."""
         folder = Path(folder)
-        judge = cls._from_config(folder / CONFIG_NAME)
+        judge = _from_config(folder / CONFIG_NAME)
+        if not isinstance(judge, cls):
+            raise ValueError(f"{folder} holds a judge of kind {judge.kind!r}, not a {cls.__name__}.")
         path = folder / WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(f"{path} is missing; {_REPAIR}")
@@ -150,25 +127,28 @@ class Judge(nn.Module):
         judge.load_state_dict(state)
         return judge.eval().requires_grad_(False)
 
-    @classmethod
-    def _from_config(cls, path: Path) -> Self:
-        """An untrained judge as `config.json` describes it."""
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; {_REPAIR}")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is not readable JSON ({error}); {_REPAIR}") from error
-        expected = {*cls().config(), "num_features"}
-        if not isinstance(config, dict) or set(config) != expected:
-            found = sorted(config) if isinstance(config, dict) else type(config).__name__
-            raise ValueError(f"{path} must hold the keys {sorted(expected)}, found {found}; {_REPAIR}")
-        if config.pop("num_features") != cls.num_features:
-            raise ValueError(f"{path}: num_features must be {cls.num_features}; {_REPAIR}")
-        try:
-            return cls(**config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} does not describe a judge ({error}); {_REPAIR}") from error
+
+def _from_config(path: Path) -> Judge:
+    """An untrained judge as `config.json` describes it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {_REPAIR}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); {_REPAIR}") from error
+    kind = config.pop("kind", None) if isinstance(config, dict) else None
+    if kind not in _KINDS:
+        raise ValueError(f"{path}: `kind` must be one of {', '.join(sorted(_KINDS))}, got {kind!r}; {_REPAIR}")
+    cls = _KINDS[kind]
+    expected = {*cls().config(), "num_features"}  # type: ignore[call-arg]
+    if set(config) != expected:
+        raise ValueError(f"{path} must hold the keys {sorted(expected)}, found {sorted(config)}; {_REPAIR}")
+    if config.pop("num_features") != cls.num_features:
+        raise ValueError(f"{path}: num_features must be {cls.num_features}; {_REPAIR}")
+    try:
+        return cls(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe a judge ({error}); {_REPAIR}") from error
 
 
 def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -14,7 +14,6 @@ from .extras import report_extra
 from .judge import Judge, feature_statistics, frechet_distance
 
 __all__ = [
-    "class_hits",
     "feature_statistics",
     "frechet",
     "frechet_distance",
@@ -92,20 +91,6 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
         images.float(), reference.float(), data_range=1.0, reduction="none"
     )
     return values.reshape(-1)  # torchmetrics drops the dimension of a single sample
-
-
-@torch.no_grad()
-def class_hits(judge: Judge, images: Tensor, class_ids: Tensor) -> Tensor:
-    """Whether the judge recognises the class that was asked for, shape (samples,), bool.
-
-    Args:
-        judge: in evaluation mode.
-        images: shape (samples, channels, height, width) in [0, 1].
-        class_ids: shape (samples,).
-    """
-    device = judge.head.weight.device
-    predicted = torch.tensor(judge.labels, device=device)[judge.logits(images.to(device)).argmax(1)]
-    return (predicted == class_ids.to(device)).cpu()
 
 
 def frechet(judge: Judge, features: Tensor) -> float:

@@ -17,7 +17,7 @@ class Row:
         description: the same for readers.
         steps: sampling steps.
         macs_share: executed MACs over those of the dense run at full steps.
-        accuracy: share of images in which the judge sees the class asked for; None without judge or class labels.
+        accuracy: share of images in which the judge sees what was asked for; None if it cannot tell.
         frechet: squared Fréchet distance to the real images in the judge's features; None without a judge.
         frechet_error: its standard error, by jackknife; None for fewer than 3 samples.
         frechet_without_each: it with each of the samples left out in turn; empty where there is no error.
@@ -94,7 +94,7 @@ def scientific(value: float) -> str:
 
 COLUMNS = (
     Column("macs_share", "MACs / dense", "{:.3f}".format),
-    Column("accuracy", "class accuracy", "{:.1%}".format, "high"),
+    Column("accuracy", "accuracy", "{:.1%}".format, "high"),
     Column("frechet", "Fréchet distance", "{:.3f}".format, "low", "frechet_error"),
     Column("latent_mse", "latent MSE", scientific, "low", "latent_mse_error"),
     Column("image_mse", "image MSE", scientific, "low"),

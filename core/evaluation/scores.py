@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import progress
+from ..host import Prompt
 from .judge import Judge
-from .metrics import class_hits, frechet, frechet_without_each, jackknife_error, mse, psnr, ssim, standard_error
+from .metrics import frechet, frechet_without_each, jackknife_error, mse, psnr, ssim, standard_error
 from .rows import Row
 from .runs import Job, Run
 
@@ -44,7 +45,7 @@ class _Scores:
 
 
 def score(
-    job: Job, runs: Sequence[Run], judge: Judge | None, class_ids: Tensor | None, keep: Sequence[int]
+    job: Job, runs: Sequence[Run], judge: Judge | None, wanted: Sequence[Prompt] | None, keep: Sequence[int]
 ) -> tuple[list[Row], dict[int, Tensor]]:
     """Rows of the report, and the images of the samples `keep`.
 
@@ -52,7 +53,7 @@ def score(
         job: what was sampled.
         runs: of the variants, dense first.
         judge: None leaves the set metrics out.
-        class_ids: the classes asked for, shape (samples,); None leaves the accuracy out.
+        wanted: what each image should show, in the judge's terms; None leaves the accuracy out.
         keep: indices of samples whose images are wanted, each of shape (variants, 3, height, width).
     """
     scores = [_Scores() for _ in runs]
@@ -62,21 +63,23 @@ def score(
             for run, table in zip(runs, scores, strict=True):
                 images = job.host.decode(run.parts[index])
                 dense = images if dense is None else dense
-                _score_batch(table, images, dense, judge, None if class_ids is None else class_ids[part])
+                _score_batch(table, images, dense, judge, None if wanted is None else wanted[part])
                 table.kept.update({i: images[i - part.start] for i in keep if part.start <= i < part.stop})
                 bar.update(len(images))
     rows = [_row(run, runs[0], table, judge) for run, table in zip(runs, scores, strict=True)]
     return rows, {i: torch.stack([table.kept[i] for table in scores]) for i in keep}
 
 
-def _score_batch(table: _Scores, images: Tensor, dense: Tensor, judge: Judge | None, class_ids: Tensor | None) -> None:
+def _score_batch(
+    table: _Scores, images: Tensor, dense: Tensor, judge: Judge | None, wanted: Sequence[Prompt] | None
+) -> None:
     table.image_mse.append(mse(images, dense))
     table.psnr.append(psnr(images, dense))
     table.ssim.append(ssim(images, dense))
     if judge is not None:
-        table.features.append(judge.features(images.to(judge.head.weight.device)))
-        if class_ids is not None:
-            table.hits.append(class_hits(judge, images, class_ids))
+        table.features.append(judge.features(images.to(judge.device)))
+        if wanted is not None:
+            table.hits.append(judge.hits(images, wanted))
 
 
 def _row(run: Run, dense: Run, table: _Scores, judge: Judge | None) -> Row:

@@ -1,0 +1,1 @@
+"""The parts of the shapes demos, one file each."""

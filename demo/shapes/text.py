@@ -1,0 +1,187 @@
+"""Tokenizers and text encoders for captions of shapes, trained to read: no picture is involved.
+
+Two CLIP encoders as SDXL has them, and a T5 encoder, which FLUX takes beside the first CLIP. Each learns to say from
+its states what the caption asks for; what a diffusion model needs is then linear in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from shapes.scenes import Layout, draw_layouts
+from stageprune.core.evaluation.scene import COLOURS, RELATIONS, SHAPES, SIZES
+from training import log, optimiser
+
+LENGTH = 16  # tokens; the longest caption has 12
+WIDTH = 64
+BATCH = 128
+
+WORDS = tuple(dict.fromkeys(word for text in ("a", *SIZES, *COLOURS, *SHAPES, *RELATIONS) for word in text.split()))
+FACTS = (len(SHAPES), len(COLOURS), len(SIZES) + 1)  # of an object; an unnamed size is a class of its own
+SCENE_FACTS = (*FACTS, *(size + 1 for size in FACTS), len(RELATIONS) + 1)  # an absent second object too
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding in which every word of the captions is one token and other words fall into letters."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator([*WORDS] * 3 + letters, trainer)
+    learned = __import__("json").loads(bpe.to_str())["model"]
+    vocab = dict(sorted(learned["vocab"].items(), key=lambda item: item[1]))
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[token] = len(vocab)
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """One piece a word; anything else is unknown."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+
+
+def clip_encoder(tokenizer: CLIPTokenizer, projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Three layers; SDXL reads the states before the last one."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """Three layers, both directions."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=WIDTH,
+            d_kv=16,
+            num_heads=4,
+            d_ff=4 * WIDTH,
+            num_layers=3,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            use_cache=False,
+        )
+    )
+
+
+def tokens_of(tokenizer: CLIPTokenizer | T5TokenizerFast, captions: list[str]) -> Tensor:
+    """Token ids, padded to the length that the pipelines use, (B, 16)."""
+    ids: Tensor = tokenizer(
+        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def scene_facts(layout: Layout) -> Tensor:
+    """What a caption says, as one class index a fact, (B, 7): both objects' shape, colour, size; the relation."""
+    size = torch.where(layout.named, layout.size, len(SIZES))
+    first, second = (torch.stack([layout.shape[:, j], layout.colour[:, j], size[:, j]], 1) for j in range(2))
+    absent = layout.count == 1
+    second = torch.where(absent[:, None], torch.tensor(FACTS), second)
+    relation = torch.where(absent, len(RELATIONS), layout.relation)
+    return torch.cat([first, second, relation[:, None]], 1)
+
+
+class Reader(nn.Module):
+    """Linear heads over the states: the word everywhere, the object at its noun, the scene where all was read."""
+
+    def __init__(self, vocabulary: int, pooled: int) -> None:
+        super().__init__()
+        self.word = nn.Linear(WIDTH, vocabulary)
+        self.thing = nn.Linear(WIDTH, sum(FACTS))
+        self.scene = nn.Linear(WIDTH, sum(SCENE_FACTS))
+        self.pooled = nn.Linear(pooled, sum(SCENE_FACTS))
+
+    def loss(
+        self, ids: Tensor, states: Tensor, pooled: Tensor | None, layout: Layout, nouns: Tensor, end: int
+    ) -> Tensor:
+        """Cross-entropy of all heads."""
+        facts = scene_facts(layout)
+        loss = F.cross_entropy(self.word(states).flatten(0, 1), ids.flatten())
+        row, place = torch.isin(ids, nouns).nonzero(as_tuple=True)
+        which = torch.cat([torch.zeros(1, dtype=torch.long), (row[1:] == row[:-1]).long()])
+        loss = loss + _facts_loss(
+            self.thing(states[row, place]),
+            facts.view(-1)[row[:, None] * 7 + which[:, None] * 3 + torch.arange(3)],
+            FACTS,
+        )
+        last = (ids == end).float().argmax(1)
+        loss = loss + _facts_loss(self.scene(states[torch.arange(len(ids)), last]), facts, SCENE_FACTS)
+        return loss if pooled is None else loss + _facts_loss(self.pooled(pooled), facts, SCENE_FACTS)
+
+
+def _facts_loss(logits: Tensor, facts: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    parts = logits.split(list(sizes), dim=1)
+    return torch.stack([F.cross_entropy(part, facts[:, i]) for i, part in enumerate(parts)]).mean()
+
+
+def clip_states(encoder: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """States before the last layer and the pooled output, as SDXL (and FLUX, for the latter) takes them."""
+
+    def run(ids: Tensor) -> tuple[Tensor, Tensor]:
+        result = encoder(ids, output_hidden_states=True)
+        pooled = result.text_embeds if hasattr(result, "text_embeds") else result.pooler_output
+        return result.hidden_states[-2], pooled
+
+    return run
+
+
+def t5_states(encoder: nn.Module) -> Callable[[Tensor], tuple[Tensor, None]]:
+    """The last states; T5 has no pooled output. No mask: FLUX gives none."""
+    return lambda ids: (encoder(ids)[0], None)
+
+
+def train_reader(
+    tokenizer: CLIPTokenizer | T5TokenizerFast,
+    encoder: nn.Module,
+    run: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    steps: int,
+    seed: int,
+) -> float:
+    """Train `encoder` in place; returns the last loss."""
+    generator = torch.Generator().manual_seed(seed)
+    reader = Reader(len(tokenizer), WIDTH)
+    descend = optimiser([*encoder.parameters(), *reader.parameters()], steps, 2e-3)
+    nouns = tokens_of(tokenizer, list(SHAPES))
+    nouns = nouns[:, 1 if tokenizer.bos_token_id is not None else 0]
+    for step in range(steps):
+        if step % 50 == 0:
+            pool = draw_layouts(BATCH * 50, generator)
+            captions = tokens_of(tokenizer, [str(scene) for scene in pool.scenes()])
+        part = torch.arange(BATCH) + BATCH * (step % 50)
+        ids = captions[part]
+        states, pooled = run(ids)
+        descend(loss := reader.loss(ids, states, pooled, pool[part], nouns, tokenizer.eos_token_id))
+        if step % 250 == 0:
+            log.info("text step %d/%d loss %.4f", step, steps, loss.item())
+    encoder.eval().requires_grad_(False)
+    return float(loss)

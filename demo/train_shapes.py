@@ -1,0 +1,181 @@
+"""Train the demo pipelines `demo/sdxl-shapes` and `demo/flux-shapes` from nothing, on rendered scenes with captions.
+
+Run the stages in this order; `sdxl` and `flux` are independent of each other and take one core each:
+
+    python demo/train_shapes.py checker
+    python demo/train_shapes.py vae
+    python demo/train_shapes.py text
+    python demo/train_shapes.py sdxl
+    python demo/train_shapes.py flux
+    python demo/train_shapes.py measure
+
+Every stage is seeded. The parts that both pipelines share wait in the work folder; `measure` reads the finished
+pipelines back and writes every figure of their READMEs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shapes import autoencoder, flux, sdxl, text
+from shapes.checker import train_checker
+from shapes.parts import load_parts, token_ids
+from shapes.scenes import draw_layouts, render
+from training import Average, batches, log, optimiser, publish, record
+
+POOL = 2000  # scenes that are rendered and encoded at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome, apart from the code."""
+
+    out: Path
+    work: Path
+    seed: int = 0
+    checker_steps: int = 1500
+    vae_steps: int = 1600
+    text_steps: int = 1000
+    sdxl_steps: int = 4500
+    flux_steps: int = 6000
+    scenes: int = 40_000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    ema_decay: float = 0.998
+
+    def folder(self, name: str) -> Path:
+        """Of a finished pipeline."""
+        return self.out / f"{name}-shapes"
+
+
+def checker_stage(settings: Settings) -> None:
+    """The checker, into both pipelines' folders."""
+    checker = train_checker(settings.checker_steps, settings.seed)
+    for name in ("sdxl", "flux"):
+        publish(settings.folder(name) / "judge", checker.save)
+        record(settings.folder(name), checker_held_out=checker.held_out_accuracy)
+
+
+def vae_stage(settings: Settings) -> None:
+    """The autoencoder."""
+    vae, decibels = autoencoder.train_autoencoder(settings.vae_steps, settings.seed + 1)
+    publish(settings.work / "vae", vae.save_pretrained)
+    for name in ("sdxl", "flux"):
+        record(settings.folder(name), vae_psnr_db=decibels)
+
+
+def text_stage(settings: Settings) -> None:
+    """Tokenizers and text encoders."""
+    torch.manual_seed(settings.seed + 2)
+    clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
+    encoders = {
+        "text_encoder": (clip, text.clip_encoder(clip, projected=False), text.clip_states),
+        "text_encoder_2": (clip, text.clip_encoder(clip, projected=True), text.clip_states),
+        "t5": (t5, text.t5_encoder(t5), text.t5_states),
+    }
+    publish(settings.work / "tokenizer", clip.save_pretrained)
+    publish(settings.work / "t5_tokenizer", t5.save_pretrained)
+    for name, (tokenizer, encoder, states) in encoders.items():
+        text.train_reader(tokenizer, encoder, states(encoder), settings.text_steps, settings.seed + 2)
+        publish(settings.work / name, encoder.save_pretrained)
+
+
+def cached_latents(settings: Settings, parts: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents (float16) and token ids of the training scenes, made once and kept in the work folder."""
+    path = settings.work / f"latents-{settings.scenes}.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(settings.seed + 3)
+    latents, ids = [], []
+    for begin in range(0, settings.scenes, POOL):
+        layout = draw_layouts(min(POOL, settings.scenes - begin), generator)
+        latents.append(autoencoder.encode(parts["vae"], render(layout, generator)).half())
+        ids.append(token_ids(parts, [str(scene) for scene in layout.scenes()]))
+        log.info("encoded %d of %d scenes", begin + len(latents[-1]), settings.scenes)
+    result = torch.cat(latents), {name: torch.cat([part[name] for part in ids]) for name in ids[0]}
+    torch.save(result, path)
+    return result
+
+
+def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Module, loss_of: Any, steps: int) -> None:
+    """Train one denoiser on cached latents; what gets published is a moving average of its weights."""
+    parts = load_parts(settings.work)
+    generator = torch.Generator().manual_seed(settings.seed + 4)
+    latents, ids = cached_latents(settings, parts)
+    descend = optimiser(model, steps, settings.learning_rate, 0.01)
+    average = Average(model, settings.ema_decay)
+    for step, picked in enumerate(batches(len(latents), settings.batch, steps, generator), start=1):
+        with torch.no_grad():
+            encoded = family.encode_text(parts, {kind: tokens[picked] for kind, tokens in ids.items()})
+        descend(loss := loss_of(model, latents[picked].float(), encoded, generator))
+        average.update(step)
+        if step % 100 == 0:
+            log.info("%s step %d/%d loss %.4f", name, step, steps, loss.item())
+        if step % 500 == 0:
+            save(settings.work / f"{name}-shapes", family, model, average, settings)
+    save(settings.folder(name), family, model, average, settings)
+
+
+def save(folder: Path, family: ModuleType, model: torch.nn.Module, average: Average, settings: Settings) -> None:
+    """Write the whole pipeline in float16, with the averaged weights."""
+    if not all(bool(weight.half().isfinite().all()) for weight in average.weights):
+        raise RuntimeError("a weight does not fit into float16: train with a lower learning rate")
+    copy = type(model).from_config(model.config)
+    for parameter, weight in zip(copy.parameters(), average.weights, strict=True):
+        parameter.data.copy_(weight)
+    publish(folder, family.pipeline(copy, load_parts(settings.work)).to(torch.float16).save_pretrained)
+    log.info("wrote %s", folder)
+
+
+def sdxl_stage(settings: Settings) -> None:
+    """The UNet."""
+    torch.manual_seed(settings.seed + 5)
+    train(settings, "sdxl", sdxl, sdxl.new_unet(), sdxl.Loss(), settings.sdxl_steps)
+
+
+def flux_stage(settings: Settings) -> None:
+    """The transformer."""
+    torch.manual_seed(settings.seed + 6)
+    parts = load_parts(settings.work)
+    train(settings, "flux", flux, flux.new_transformer(), flux.Loss(parts, token_ids(parts, [""])), settings.flux_steps)
+
+
+STAGES = {"checker": checker_stage, "vae": vae_stage, "text": text_stage, "sdxl": sdxl_stage, "flux": flux_stage}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(description="Train the demo pipelines of shapes from nothing.")
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the pipelines' folders go")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "shapes"), help="for shared parts")
+    parser.add_argument("--threads", type=int, default=1)
+    for name in ("sdxl", "flux"):
+        default = getattr(Settings, f"{name}_steps")
+        parser.add_argument(f"--{name}-steps", type=int, default=default, help=f"optimiser steps ({default})")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # denormal numbers, frequent in small gradients, are slow on CPUs
+    settings = Settings(
+        out=arguments.out, work=arguments.work, sdxl_steps=arguments.sdxl_steps, flux_steps=arguments.flux_steps
+    )
+    started = time.perf_counter()
+    STAGES[arguments.stage](settings)
+    for name in ("sdxl", "flux"):
+        if arguments.stage in ("checker", "vae", "text", name):
+            record(settings.folder(name), **{f"{arguments.stage}_seconds": round(time.perf_counter() - started)})
+
+
+if __name__ == "__main__":
+    main()
