@@ -136,3 +136,23 @@ def reference_latents(pipe: Any, bank: Bank, schedule: StageSchedule, steps: int
 def relative(got: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def least_squares(weight: Tensor, rows: Tensor, kept: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias on the kept columns that best keep the dense output on `rows`, ridge on all but the bias.
+
+    Fits [X; sqrt(lambda) I] on the kept columns to the dense output, damping rows included, by torch's SVD solver.
+    """
+    width = rows.shape[1]
+    data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+    ridge = torch.eye(width, width + 1, dtype=rows.dtype) * damping**0.5
+    data = torch.cat([data, ridge])
+    columns = torch.cat([kept, torch.tensor([width])])
+    solution = torch.linalg.lstsq(data[:, columns], data @ weight.T, driver="gelsd").solution.T
+    return solution[:, :-1], solution[:, -1]
+
+
+def hessian_of(rows: Tensor) -> Tensor:
+    """Second moments of `rows` and a constant 1, as a calibration sums them."""
+    data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+    return data.T @ data

@@ -18,23 +18,9 @@ from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
 from stageprune.core.pruning.prune import _nested_columns
-from support import LEVELS, make_pipe, relative
+from support import LEVELS, hessian_of, least_squares, make_pipe, relative
 
 DAMPING = 0.01
-
-
-def least_squares(weight, rows, kept, damping):
-    """Weight and bias on the kept columns that best keep the dense output on `rows`, ridge on all but the bias.
-
-    Fits [X; sqrt(lambda) I] on the kept columns to the dense output, damping rows included, by torch's SVD solver.
-    """
-    width = rows.shape[1]
-    data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-    ridge = torch.eye(width, width + 1, dtype=rows.dtype) * damping**0.5
-    data = torch.cat([data, ridge])
-    columns = torch.cat([kept, torch.tensor([width])])
-    solution = torch.linalg.lstsq(data[:, columns], data @ weight.T, driver="gelsd").solution.T
-    return solution[:, :-1], solution[:, -1]
 
 
 def least_squares_of(weight, hessian, kept):
@@ -44,11 +30,6 @@ def least_squares_of(weight, hessian, kept):
     columns = torch.cat([kept, torch.tensor([len(hessian) - 1])])
     solution = torch.linalg.lstsq(root.T[:, columns], root.T @ weight.T, driver="gelsd").solution.T
     return solution[:, :-1], solution[:, -1]
-
-
-def hessian_of(rows):
-    data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-    return data.T @ data
 
 
 def random_rows(seed, count, width, kind):
