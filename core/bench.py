@@ -60,7 +60,7 @@ def run_bench(
         dtype: `float32`, `bfloat16` or `float16`.
     """
     if target in FULL_SIZE:
-        host, denoiser = None, FULL_SIZE[target](pick_device(device), pick_dtype(dtype))
+        host, denoiser = None, FULL_SIZE[target].build(pick_device(device), pick_dtype(dtype))
     else:
         host = DiffusersHost(load_pipeline(target, device, dtype))
         denoiser = host.denoiser

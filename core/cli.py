@@ -39,6 +39,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: t
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
+FULL_SIZE = "dit-xl, sd15, sdxl, sd3-medium, sd35-medium, sd35-large, flux-dev"
 
 
 @app.callback()
@@ -54,9 +55,7 @@ def calibrate(
     pipe: Pipe,
     out: Out = Path("out/calibration.safetensors"),
     prompts: Prompts = None,
-    count: Annotated[
-        int, typer.Option(min=1, help="How many prompts; a shorter list is repeated with new seeds.")
-    ] = 64,
+    count: Annotated[int, typer.Option(min=1, help="How many prompts; a shorter list repeats, with new seeds.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
@@ -266,7 +265,7 @@ def inspect(target: Annotated[str, typer.Argument(help="A bundle, a calibration,
 
 @app.command()
 def bench(
-    pipe: Annotated[str, typer.Argument(help="A pipeline, or `dit-xl` for DiT-XL/2-256 with random weights.")],
+    pipe: Annotated[str, typer.Argument(help=f"A pipeline, or an architecture with random weights: {FULL_SIZE}.")],
     bundle: Annotated[Path | None, typer.Option(help="A bundle. Default: a random bank.")] = None,
     levels: Annotated[
         str | None, typer.Option(help="Sparsities to time. Default: the bundle's, or 0,0.2,0.3,0.5.")
