@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from stageprune import StagePruneError
-from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
-from zoo import NAMES, PROMPTS, make_pipeline
+from zoo import NAMES, PROMPTS, drive, generate, make_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 
 TEXT_NAMES = [name for name in NAMES if name != "dit"]
 VARIANTS = {
@@ -46,29 +47,18 @@ SCHEDULERS = {
 SCHEDULED = [(name, *scheduler) for name, schedulers in SCHEDULERS.items() for scheduler in schedulers]
 
 
-def call(pipe, guidance, output="latent", steps=3, prompts=PROMPTS):
-    """The pipeline's own images or latents, with the arguments that the adapter names."""
-    inputs = DiffusersHost(pipe).adapter.call_arguments(pipe, prompts, guidance)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    return pipe(**inputs, num_inference_steps=steps, generator=seeds, output_type=output).images
-
-
-def drive(host, guidance, steps=3, prompts=PROMPTS):
-    return sample(host, host.encode(prompts), range(len(prompts)), steps, guidance)
-
-
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_latents_and_images_are_bit_equal_to_the_pipeline(name, guidance):
     base, config = VARIANTS[name]
     pipe = make_pipeline(base, **config)
     host = DiffusersHost(pipe)
-    expected = call(pipe, guidance)
-    got = drive(host, guidance)
+    expected = generate(pipe, guidance)
+    got = drive(pipe, guidance)
     assert torch.equal(got, expected)
-    assert torch.equal(host.decode(got), call(pipe, guidance, "pt"))
+    assert torch.equal(host.decode(got), generate(pipe, guidance, "pt"))
     assert float((expected[0] - expected[1]).abs().max()) > 0.01
-    weaker = drive(host, guidance / 2)
+    weaker = drive(pipe, guidance / 2)
     assert torch.equal(got, weaker) == (name in TEXT_NAMES and guidance == 1), "only a model that takes it needs none"
 
 
@@ -78,7 +68,7 @@ def test_schedulers_are_driven_as_the_pipeline_drives_them(name, scheduler, conf
     """Stochastic ones too: they draw from the generators that the first noise came from."""
     pipe = make_pipeline(name)
     pipe.scheduler = getattr(diffusers, scheduler)(**config)
-    assert torch.equal(drive(DiffusersHost(pipe), guidance, steps=4), call(pipe, guidance, steps=4))
+    assert torch.equal(drive(pipe, guidance), generate(pipe, guidance))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -100,7 +90,7 @@ def test_a_bare_default_call_is_what_the_host_runs():
         host = DiffusersHost(pipe)
         seeds = [torch.Generator().manual_seed(seed) for seed in range(3)]
         expected = pipe(PROMPTS, num_inference_steps=2, generator=seeds, output_type="latent").images
-        assert torch.equal(drive(host, host.default_guidance, steps=2), expected)
+        assert torch.equal(drive(pipe, host.default_guidance, steps=2), expected)
 
 
 def test_default_guidance():
@@ -114,21 +104,21 @@ def test_sdxl_without_zeros_for_the_empty_prompt():
     zeros = DiffusersHost(pipe).encode(PROMPTS).tensors["negative_embeds"]
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert float(zeros.abs().max()) == 0 < float(DiffusersHost(pipe).encode(PROMPTS).tensors["negative_embeds"].max())
-    assert torch.equal(drive(DiffusersHost(pipe), 4.0), call(pipe, 4.0))
+    assert torch.equal(drive(pipe, 4.0), generate(pipe, 4.0))
 
 
 def test_sdxl_vae_with_a_mean_and_a_spread():
     pipe = make_pipeline("sdxl")
     pipe.vae.register_to_config(latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     host = DiffusersHost(pipe)
-    assert torch.equal(host.decode(drive(host, 4.0)), call(pipe, 4.0, "pt"))
+    assert torch.equal(host.decode(drive(pipe, 4.0)), generate(pipe, 4.0, "pt"))
 
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_sdxl_vae_in_float16(upcast):
     pipe = make_pipeline("sdxl")
     pipe.vae.register_to_config(force_upcast=upcast)
-    latents = drive(DiffusersHost(pipe), 4.0)
+    latents = drive(pipe, 4.0)
     pipe.vae.half()
     seen = []
     hook = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -141,7 +131,7 @@ def test_sdxl_vae_in_float16(upcast):
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_half_precision_is_bit_equal_too(name):
     pipe = make_pipeline(name).to(torch.bfloat16)
-    assert torch.equal(drive(DiffusersHost(pipe), 4.0), call(pipe, 4.0))
+    assert torch.equal(drive(pipe, 4.0), generate(pipe, 4.0))
 
 
 def test_sd3_without_t5():
@@ -149,7 +139,7 @@ def test_sd3_without_t5():
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     host = DiffusersHost(pipe)
     assert host.encode(PROMPTS).tensors["embeds"].shape[1] == 16 + 256
-    assert torch.equal(drive(host, 4.0), call(pipe, 4.0))
+    assert torch.equal(drive(pipe, 4.0), generate(pipe, 4.0))
 
 
 @pytest.mark.parametrize("name", TEXT_NAMES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stageprune.core.hosts.diffusers import DiffusersHost, reader_for
-from zoo import PROMPTS, make_pipeline
+from zoo import generate, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 
@@ -45,19 +45,15 @@ REFUSED = {("flux", "heun")}
 """What the pipeline itself refuses: this scheduler takes no sigmas."""
 
 
-def record(pipe, guidance, **arguments):
+def record(pipe, guidance):
     """The tau of each call of the denoiser, read where stage pruning reads it."""
     host = DiffusersHost(pipe)
     taus, reader = [], host.tau_reader
     hook = host.denoiser.register_forward_pre_hook(
         lambda _, args, kwargs: taus.append(reader(args, kwargs)), with_kwargs=True
     )
-    inputs = host.adapter.call_arguments(pipe, PROMPTS, guidance)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    try:
-        pipe(**{**inputs, "num_inference_steps": STEPS, **arguments}, generator=seeds, output_type="latent")
-    finally:
-        hook.remove()
+    generate(pipe, guidance, steps=STEPS)
+    hook.remove()
     return taus
 
 

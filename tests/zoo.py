@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -32,11 +32,15 @@ from transformers import (
     T5Tokenizer,
 )
 
+from stageprune.core.host import sample
+from stageprune.core.hosts.diffusers import DiffusersHost
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 TOKENS = 16
 """Length of every text, in characters: the tokenizers know letters only."""
 
 PROMPTS = ["red fox", "two blue cups", "old house"]
+LABELS = [1, 2, 3]
 
 DIT = {
     "num_attention_heads": 5,
@@ -129,6 +133,25 @@ def make_pipeline(name: str, seed: int = 0, **config: Any) -> Any:
     pipe = build(make_denoiser(name, seed, **config), seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def prompts_for(pipe: Any) -> list[int] | list[str]:
+    """Three prompts that the pipeline takes."""
+    return LABELS if isinstance(pipe, DiTPipeline) else PROMPTS
+
+
+def generate(pipe: Any, guidance: float, output: str = "latent", steps: int = 4) -> Tensor:
+    """What `pipe(...)` itself gives for `prompts_for` and fixed seeds. Class-conditional pipelines only give images."""
+    prompts = prompts_for(pipe)
+    inputs = DiffusersHost(pipe).adapter.call_arguments(pipe, prompts, guidance)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    return pipe(**inputs, num_inference_steps=steps, generator=seeds, output_type=output).images
+
+
+def drive(pipe: Any, guidance: float, steps: int = 4) -> Tensor:
+    """Final latents of the same through the host."""
+    host, prompts = DiffusersHost(pipe), prompts_for(pipe)
+    return sample(host, host.encode(prompts), range(len(prompts)), steps, guidance)
 
 
 def fill(model: nn.Module, seed: int) -> nn.Module:

@@ -125,10 +125,18 @@ class Bank:
             for level, sparsity in enumerate(self.sparsities)
         }
 
+    def check_class(self, denoiser: nn.Module) -> None:
+        """BankError if `denoiser` is not even of the class that the bank was made for."""
+        if type(denoiser).__name__ != self.denoiser:
+            made = self.provenance.get("model") or f"a model with a {self.denoiser}"
+            raise BankError(
+                f"the bank is for a {self.denoiser}, got a {type(denoiser).__name__}. Load what it was made from: "
+                f"{made}."
+            )
+
     def check_denoiser(self, denoiser: nn.Module) -> None:
         """BankError if `denoiser` is not the one that the bank was made for."""
-        if type(denoiser).__name__ != self.denoiser:
-            raise BankError(f"the bank is for a {self.denoiser}, got a {type(denoiser).__name__}.")
+        self.check_class(denoiser)
         # Paths and attribute names of a loaded bank are used only if the family itself gives the same ones.
         found = {group.name: group for group in find_groups(denoiser)}
         for group in self.groups:

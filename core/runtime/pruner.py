@@ -76,6 +76,7 @@ class StagePruner:
         if resident not in ("all", "active"):
             raise StagePruneError(f"`resident` must be 'all' or 'active', got {resident!r}.")
         bound = bank.bind(schedule)
+        bank.check_class(denoiser)
         _check_state(denoiser, bank)
         bank.check_denoiser(denoiser)
         _check_companions(denoiser, bank)
