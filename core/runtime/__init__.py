@@ -1,4 +1,4 @@
-"""Running a schedule on a denoiser: staged Linears, the switch, and what it reports."""
+"""Running a schedule on a denoiser: staged layers, the switch, and what it reports."""
 
 from .applied import applied
 from .memory import resident_bytes
