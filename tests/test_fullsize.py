@@ -13,7 +13,7 @@ from stageprune.core.groups.check import sliced
 from stageprune.core.hosts.diffusers.fullsize import FULL_SIZE
 from stageprune.core.pruning.levels import kept_counts
 
-PUBLISHED = {  # parameters in billions, TFLOP of one forward
+EXPECTED = {  # parameters in billions, TFLOP of one forward
     "dit-xl": (0.750, 0.237),
     "sd15": (0.860, 0.803),
     "sdxl": (2.567, 6.761),
@@ -25,12 +25,12 @@ PUBLISHED = {  # parameters in billions, TFLOP of one forward
 
 
 def test_all_are_named_by_the_command():
-    assert ", ".join(FULL_SIZE) == cli.FULL_SIZE and set(PUBLISHED) == set(FULL_SIZE)
+    assert ", ".join(FULL_SIZE) == cli.FULL_SIZE and set(EXPECTED) == set(FULL_SIZE)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_parameters_and_cost_are_the_published_ones(name):
-    billions, teraflop = PUBLISHED[name]
+def test_parameters_and_cost_are_as_expected(name):
+    billions, teraflop = EXPECTED[name]
     model = FULL_SIZE[name].build("meta")
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.001)

@@ -76,7 +76,7 @@ _SDXL = {
 }
 
 FULL_SIZE: dict[str, Architecture] = {
-    "dit-xl": Architecture("DiT-XL/2-256", DiTTransformer2DModel, 256, {"sample_size": 32, "out_channels": 8}),
+    "dit-xl": Architecture("DiT-XL/2", DiTTransformer2DModel, 256, {"sample_size": 32, "out_channels": 8}),
     "sd15": Architecture("SD 1.5", UNet2DConditionModel, 512, {"sample_size": 64, "cross_attention_dim": 768}),
     "sdxl": Architecture("SDXL", UNet2DConditionModel, 1024, _SDXL),
     "sd3-medium": Architecture("SD3-medium", SD3Transformer2DModel, 1024, _SD3),
