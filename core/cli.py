@@ -31,7 +31,8 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Prompts = Annotated[
     str | None,
     typer.Option(
-        help="Prompts or class labels, separated by commas, or @FILE with one a line. Default: the pipeline's own."
+        help="Prompts or class labels, separated by commas; @FILE with one a line if they have commas themselves. "
+        "Default: the pipeline's own."
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: those of the calibration.")]
@@ -197,13 +198,13 @@ def generate(
         typer.echo(str(stage_pruning_summary(pipeline, steps)))
     host = DiffusersHost(pipeline)
     scale = host.default_guidance if guidance is None else guidance
-    inputs = host.adapter.call_arguments(pipeline, chosen, scale)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(chosen))]
-    images = pipeline(**inputs, generator=generators, num_inference_steps=steps).images
     out.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
+    for index, prompt in enumerate(chosen):  # one by one: a large model has no room for all of them
+        inputs = host.adapter.call_arguments(pipeline, [prompt], scale)
+        generator = [torch.Generator().manual_seed(seed + index)]
+        image = pipeline(**inputs, generator=generator, num_inference_steps=steps).images[0]
         image.save(out / f"{index:03d}-seed{seed + index}.png")
-    typer.echo(f"{len(images)} images saved to {out}")
+    typer.echo(f"{len(chosen)} images saved to {out}")
 
 
 @app.command()

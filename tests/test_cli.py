@@ -12,6 +12,7 @@ from stageprune.core import cli
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import Calibration
 from support import make_pipe
+from zoo import make_pipeline
 
 VERBS = ("calibrate", "prune", "allocate", "generate", "evaluate", "inspect", "bench", "demo", "env")
 
@@ -145,3 +146,20 @@ def test_the_installed_command_starts():
         [sys.executable, "-m", "stageprune.core.cli", "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and "calibrate" in result.stdout
+
+
+def test_text_prompts(tmp_path, monkeypatch, capsys):
+    """A pipeline with texts: from a file, or its own; guidance is the pipeline's unless it is given."""
+    make_pipeline("sd15").save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a fox, red\nan old house\n", "utf-8")
+    pipe, common = tmp_path / "pipe", ("--device", "cpu", "--steps", 4, "--prompts", f"@{tmp_path / 'prompts.txt'}")
+    code, out, error = run(monkeypatch, capsys, "generate", pipe, "-o", tmp_path / "images", *common)
+    assert code == 0 and "2 images saved" in out and "Loading weights" not in error
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+    calibration = tmp_path / "cal.safetensors"
+    code, out, _ = run(monkeypatch, capsys, "calibrate", pipe, "-o", calibration, "--count", 8, *common)
+    assert code == 0
+    provenance = Calibration.load(calibration).provenance
+    assert provenance["guidance"] == 7.5 and provenance["prompts"] == ["a fox, red", "an old house"] * 4
+    code, out, error = run(monkeypatch, capsys, "generate", pipe, "-o", tmp_path / "images", "--prompts", "fox,7")
+    assert code == 2 and "prompt 7 is of type int, but StableDiffusionPipeline takes texts" in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,22 @@ def load_pipeline(name: str | Path, device: str = "auto", dtype: str = "float32"
     if not path.exists() and (str(name).count("/") != 1 or str(name).startswith((".", "/"))):
         raise StagePruneError(f"{name}: no such folder, and not a Hub id (user/name).")
     key = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # the old name warns
-    diffusers.utils.logging.disable_progress_bar()
+    _quiet()
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(name), **{key: pick_dtype(dtype)})
-    except OSError as error:
+    except (OSError, ImportError) as error:  # ImportError: text encoders need transformers
         raise StagePruneError(f"{name} could not be loaded: {error}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(pick_device(device))
+
+
+def _quiet() -> None:
+    """No progress bars of loading: each text encoder has one, drawn over the others."""
+    diffusers.utils.logging.disable_progress_bar()
+    if find_spec("transformers"):
+        from transformers.utils import logging  # noqa: PLC0415
+
+        logging.disable_progress_bar()
 
 
 def pick_device(name: str) -> str:
