@@ -61,7 +61,6 @@ def test_same_images_and_no_trace(pipe, bank, way):
         assert parameters == {name: id(parameter) for name, parameter in pipe.transformer.named_parameters()}
 
 
-@pytest.mark.parametrize("bank", ["shared-shared", "shared-stage"], indirect=True)
 def test_offloaded_never_holds_more_than_the_dense_model(pipe, bank):
     dense = held(pipe.transformer)
     for schedule in (SCHEDULE, PRUNED):
@@ -147,7 +146,7 @@ def test_exception_in_the_middle(pipe, bank, way):
         disable_stage_pruning(pipe)
 
 
-@pytest.mark.parametrize("function", ["to_levels", "to_offloaded", "to_prefix", "to_gathered"])
+@pytest.mark.parametrize("function", ["to_levels", "to_offloaded", "to_prefix", "to_gathered", "to_offloaded_rows"])
 @pytest.mark.parametrize("fail_at", [1, 4])
 def test_enabling_that_fails_changes_nothing(pipe, bank, way, monkeypatch, function, fail_at):
     calls, real = [], getattr(swap, function)

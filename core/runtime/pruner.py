@@ -19,8 +19,8 @@ from ..host import TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
 from .memory import resident_bytes
-from .roles import GatheredRows, LevelColumns, OffloadedColumns, PrefixRows, StagedLayer
-from .swap import Producer, to_gathered, to_levels, to_offloaded, to_prefix
+from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
+from .swap import Producer, to_gathered, to_levels, to_offloaded, to_offloaded_rows, to_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class StagePruner:
         schedule: what runs where.
         read_tau: reads the noise level from a call.
         variants: what must be resident; the variants of `schedule` by default.
-        resident: `all` keeps the consumers of every level on the device; `active` only those of the running one, the
-            others wait in (pinned) host memory and are copied at a switch.
+        resident: `all` keeps the consumers of every level on the device; `active` only those of the running one, and of
+            gathered rows (packed, or ordered per stage) only the kept ones: the others wait in (pinned) host memory and
+            are copied at a switch. The device never holds more than the dense model then.
         trim: move the dense weights that no stage of the schedule uses to host memory until the pruner is detached. By
             default only on an accelerator: on the CPU it would save nothing.
 
@@ -93,7 +94,7 @@ class StagePruner:
         self.resident = resident
         self.trimmed = DENSE not in wanted and (on_device or resident == "active" if trim is None else trim)
         self._settings: list[_Setting] = []
-        self._gathers: list[tuple[GatheredRows, list[Tensor | None]]] = []
+        self._gathers: list[tuple[GatheredRows | OffloadedRows, list[Tensor | None]]] = []
         self._offloaded: list[OffloadedColumns] = []
         self._staged: list[StagedLayer] = []
         self._active: int | None = None  # nothing has been set yet
@@ -167,9 +168,7 @@ class StagePruner:
     def _set(self, variant: int) -> None:
         self._set_integers(variant)
         for gathered, rows in self._gathers:
-            chosen = rows[variant]
-            if chosen is not None:
-                gathered.gather(chosen.to(gathered.weight.device))
+            gathered.gather(rows[variant])
         for offloaded in self._offloaded:
             offloaded.load(variant)
         self._active = variant
@@ -207,21 +206,30 @@ class StagePruner:
 
     def _attach_group(self, group: Group) -> None:
         kept = [self.bank.kept[group.name][level] for level, _ in self.variants]
-        shared = self.bank.order_sharing == "shared"
         for layer, blocks in self._layers_with_rows(group):
-            rows = [count * group.width * blocks for count in kept]
-            order = group.rows(self.bank.order(group.name, 0), blocks) if shared else None
-            if order is not None and blocks == 1:
-                staged: StagedLayer = to_prefix(layer, order)
-            else:
-                staged = gathered = to_gathered(layer, max(rows[1:], default=1), order)
-                self._gathers.append((gathered, self._rows_to_gather(group, blocks, kept)))
-                rows[0] = 0
-            self._staged.append(staged)
-            self._settings.append(_Setting(staged, "stage_rows", rows))
+            self._attach_rows(layer, group, blocks, kept)
         for attribute in group.attributes:
             module = self.denoiser.get_submodule(attribute.path)
             self._settings.append(_Setting(module, attribute.name, [attribute.per_unit * count for count in kept]))
+
+    def _attach_rows(self, layer: Producer, group: Group, blocks: int, kept: Sequence[int]) -> None:
+        rows = [count * group.width * blocks for count in kept]
+        shared = self.bank.order_sharing == "shared"
+        order = group.rows(self.bank.order(group.name, 0), blocks) if shared else None
+        if order is not None and blocks == 1:
+            self._staged.append(to_prefix(layer, order))
+            self._settings.append(_Setting(self._staged[-1], "stage_rows", rows))
+            return
+        chosen = self._rows_to_gather(group, blocks, kept)
+        if self.resident == "active":
+            offloaded = to_offloaded_rows(layer, order)
+            self._gathers.append((offloaded, chosen))
+            self._staged.append(offloaded)
+            return
+        gathered = to_gathered(layer, max(rows[1:], default=1), order)
+        self._gathers.append((gathered, chosen))
+        self._staged.append(gathered)
+        self._settings.append(_Setting(gathered, "stage_rows", [0, *rows[1:]]))
 
     def _layers_with_rows(self, group: Group) -> list[tuple[Producer, int]]:
         """Producers and companions with their packed blocks; a norm without weights has nothing to slice."""

@@ -1,9 +1,9 @@
 """Layers that run a level. The host's layer stays where it is with its Parameters; only its class is swapped.
 
-What a layer does in a group is its role: `PrefixRows` and `GatheredRows` are producers (and the norms behind them),
-`LevelColumns` and `OffloadedColumns` are consumers. `staged.py` joins each role with Linear, Conv2d and GroupNorm. A
-switch sets integers; the forward reads them. All added tensors are non-persistent buffers: they follow `.to()` and
-`deepcopy` and stay out of `state_dict()`.
+What a layer does in a group is its role: `PrefixRows`, `GatheredRows` and `OffloadedRows` are producers (and the norms
+behind them), `LevelColumns` and `OffloadedColumns` are consumers. `staged.py` joins each role with Linear, Conv2d and
+GroupNorm. A switch sets integers; the forward reads them. All added tensors are non-persistent buffers: they follow
+`.to()` and `deepcopy` and stay out of `state_dict()`.
 """
 
 from __future__ import annotations
@@ -106,11 +106,44 @@ class GatheredRows(StagedLayer):
         return self.run(input, self.stage_weight[: self.stage_rows], bias)
 
     @torch.no_grad()
-    def gather(self, rows: Tensor) -> None:
-        """Copy these rows into the buffer; nothing is allocated."""
+    def gather(self, rows: Tensor | None) -> None:
+        """Copy these rows into the buffer; nothing is allocated. None, for dense, needs no copy."""
+        if rows is None:
+            return
+        rows = rows.to(self.weight.device)
         torch.index_select(self.weight.detach(), 0, rows, out=self.stage_weight[: len(rows)])
         if self.stage_bias is not None:
             torch.index_select(self.bias.detach(), 0, rows, out=self.stage_bias[: len(rows)])
+
+    def dense_weights(self) -> Mapping[str, Tensor]:
+        """The weights with their rows back in the dense order."""
+        weights = super().dense_weights()
+        if self.stage_order is None:
+            return weights
+        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in weights.items()}
+
+
+class OffloadedRows(StagedLayer):
+    """Rows of which only the active ones are on the device; all of them wait in host memory.
+
+    What `GatheredRows` is for, without a buffer beside the dense rows.
+    """
+
+    stage_order: Tensor | None
+    stage_weight: Tensor
+    stage_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The active outputs."""
+        return self.run(input, self.stage_weight, self.stage_bias)
+
+    @torch.no_grad()
+    def gather(self, rows: Tensor | None) -> None:
+        """Copy these rows to the device, or all of them for None; the ones before are freed."""
+        active = {name: whole if rows is None else whole[rows] for name, whole in self.stage_host.items()}
+        like = self.weight
+        on_device = {name: part.to(like.device, like.dtype, non_blocking=True) for name, part in active.items()}
+        self.stage_weight, self.stage_bias = on_device["weight"], on_device.get("bias")
 
     def dense_weights(self) -> Mapping[str, Tensor]:
         """The weights with their rows back in the dense order."""

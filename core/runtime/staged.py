@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .roles import GatheredRows, LevelColumns, OffloadedColumns, PrefixRows, StagedLayer
+from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
 
 R = TypeVar("R", bound=StagedLayer)
 
@@ -67,6 +67,18 @@ class GatheredGroupNorm(GatheredRows, GroupNormKernel):
     """A norm behind a producer with gathered channels."""
 
 
+class OffloadedRowsLinear(OffloadedRows, LinearKernel):
+    """A Linear producer, the active rows on the device."""
+
+
+class OffloadedRowsConv2d(OffloadedRows, Conv2dKernel):
+    """A convolution as producer, the active output channels on the device."""
+
+
+class OffloadedRowsGroupNorm(OffloadedRows, GroupNormKernel):
+    """A norm behind a producer, the active channels on the device."""
+
+
 class LevelLinear(LevelColumns, LinearKernel):
     """A Linear consumer, every variant on the device."""
 
@@ -75,11 +87,11 @@ class LevelConv2d(LevelColumns, Conv2dKernel):
     """A convolution as consumer, every variant on the device."""
 
 
-class OffloadedLinear(OffloadedColumns, LinearKernel):
+class OffloadedColumnsLinear(OffloadedColumns, LinearKernel):
     """A Linear consumer, the active variant on the device."""
 
 
-class OffloadedConv2d(OffloadedColumns, Conv2dKernel):
+class OffloadedColumnsConv2d(OffloadedColumns, Conv2dKernel):
     """A convolution as consumer, the active variant on the device."""
 
 
@@ -88,8 +100,9 @@ _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[StagedLayer]] = {
     for cls in (
         *(PrefixLinear, PrefixConv2d, PrefixGroupNorm),
         *(GatheredLinear, GatheredConv2d, GatheredGroupNorm),
+        *(OffloadedRowsLinear, OffloadedRowsConv2d, OffloadedRowsGroupNorm),
         *(LevelLinear, LevelConv2d),
-        *(OffloadedLinear, OffloadedConv2d),
+        *(OffloadedColumnsLinear, OffloadedColumnsConv2d),
     )
 }
 

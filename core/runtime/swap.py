@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..groups.layer import Layer, inputs_of
 from ..pruning import Consumer
-from .roles import GatheredRows, LevelColumns, OffloadedColumns, PrefixRows, StagedLayer
+from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
 from .staged import staged_class
 
 S = TypeVar("S", bound=StagedLayer)
@@ -52,6 +52,24 @@ def to_gathered(layer: Producer, most_rows: int, order: Tensor | None) -> Gather
     staged.stage_order = None if order is None else order.cpu()
     staged.stage_rows = 0
     staged.stage_names = ("stage_weight", "stage_bias", "stage_order", "stage_rows")
+    return staged
+
+
+@torch.no_grad()
+def to_offloaded_rows(layer: Producer, order: Tensor | None) -> OffloadedRows:
+    """As `to_gathered`, with only the active rows on the device; `gather` must choose them before the layer runs."""
+    permuted = {
+        name: parameter if order is None else parameter[order.to(parameter.device)]
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+    held = {name: _host(tensor, layer) for name, tensor in permuted.items()}
+    empty = {name: tensor.new_empty(0, *tensor.shape[1:]) for name, tensor in permuted.items()}
+    staged = _swap(layer, OffloadedRows, {"stage_weight": None, "stage_bias": None})
+    staged.stage_order = None if order is None else order.cpu()
+    staged.stage_host.update(held)
+    for name, tensor in empty.items():
+        getattr(staged, name).data = tensor
+    staged.stage_names = ("stage_weight", "stage_bias", "stage_order")
     return staged
 
 
@@ -114,7 +132,7 @@ def _permute_columns(layer: Layer, order: Tensor | None) -> None:
         layer.weight.copy_(layer.weight[:, order.to(layer.weight.device)])
 
 
-def _host(tensor: Tensor, layer: Layer) -> Tensor:
+def _host(tensor: Tensor, layer: Producer) -> Tensor:
     """In host memory, pinned where a GPU will read it."""
     tensor = tensor.detach().to("cpu")
     return tensor.pin_memory() if layer.weight.device.type == "cuda" else tensor
