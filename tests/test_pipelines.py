@@ -8,7 +8,7 @@ import torch
 
 from stageprune import StagePruneError
 from stageprune.core.hosts.diffusers import DiffusersHost
-from zoo import NAMES, PROMPTS, drive, generate, make_pipeline
+from zoo import NAMES, PROMPTS, drive, generate, make_pipeline, prompts_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 
@@ -71,12 +71,18 @@ def test_schedulers_are_driven_as_the_pipeline_drives_them(name, scheduler, conf
     assert torch.equal(drive(pipe, guidance), generate(pipe, guidance))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stochastic_trajectory_can_be_continued_again_and_again(name):
+    """Even where the pipeline itself leaves a stochastic scheduler without generators (DiT, SD3, FLUX)."""
     pipe = make_pipeline(name)
-    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    flow = name in ("sd3", "sd35", "flux")
+    pipe.scheduler = (
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        if flow
+        else diffusers.EulerAncestralDiscreteScheduler()
+    )
     host = DiffusersHost(pipe)
-    conditions = host.encode(PROMPTS)
+    conditions = host.encode(prompts_for(pipe))
     whole = host.advance(host.start([0, 1, 2], 4), conditions, 4.0, 4)
     half = host.advance(host.start([0, 1, 2], 4), conditions, 4.0, 2)
     for _ in range(2):
