@@ -26,9 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shapes import autoencoder, flux, sdxl, text
 from shapes.checker import train_checker
+from shapes.measure import measure, write_prompts
 from shapes.parts import load_parts, token_ids
 from shapes.scenes import draw_layouts, render
 from training import Average, batches, log, optimiser, publish, record
@@ -46,12 +48,13 @@ class Settings:
     checker_steps: int = 1500
     vae_steps: int = 1600
     text_steps: int = 1000
-    sdxl_steps: int = 4500
-    flux_steps: int = 6000
+    sdxl_steps: int = 6000
+    flux_steps: int = 8000
     scenes: int = 40_000
-    batch: int = 64
+    batch: int = 32
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
+    images: int = 500  # generated at each number of steps in `measure`
 
     def folder(self, name: str) -> Path:
         """Of a finished pipeline."""
@@ -117,23 +120,28 @@ def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Mod
     for step, picked in enumerate(batches(len(latents), settings.batch, steps, generator), start=1):
         with torch.no_grad():
             encoded = family.encode_text(parts, {kind: tokens[picked] for kind, tokens in ids.items()})
-        descend(loss := loss_of(model, latents[picked].float(), encoded, generator))
+        # Without fused attention, whose backward pass took more time than everything else together.
+        with sdpa_kernel(SDPBackend.MATH):
+            descend(loss := loss_of(model, latents[picked].float(), encoded, generator))
         average.update(step)
         if step % 100 == 0:
             log.info("%s step %d/%d loss %.4f", name, step, steps, loss.item())
-        if step % 500 == 0:
+        if step % 1000 == 0:
             save(settings.work / f"{name}-shapes", family, model, average, settings)
     save(settings.folder(name), family, model, average, settings)
 
 
 def save(folder: Path, family: ModuleType, model: torch.nn.Module, average: Average, settings: Settings) -> None:
-    """Write the whole pipeline in float16, with the averaged weights."""
+    """Write the whole pipeline with the averaged weights, denoiser and autoencoder in float16."""
     if not all(bool(weight.half().isfinite().all()) for weight in average.weights):
         raise RuntimeError("a weight does not fit into float16: train with a lower learning rate")
     copy = type(model).from_config(model.config)
     for parameter, weight in zip(copy.parameters(), average.weights, strict=True):
         parameter.data.copy_(weight)
-    publish(folder, family.pipeline(copy, load_parts(settings.work)).to(torch.float16).save_pretrained)
+    parts = load_parts(settings.work)
+    parts["vae"].half()
+    # The text encoders stay in float32: transformers would load them in the files' type, beside a float32 denoiser.
+    publish(folder, family.pipeline(copy.half(), parts).save_pretrained)
     log.info("wrote %s", folder)
 
 
@@ -150,7 +158,30 @@ def flux_stage(settings: Settings) -> None:
     train(settings, "flux", flux, flux.new_transformer(), flux.Loss(parts, token_ids(parts, [""])), settings.flux_steps)
 
 
-STAGES = {"checker": checker_stage, "vae": vae_stage, "text": text_stage, "sdxl": sdxl_stage, "flux": flux_stage}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "sdxl": {"guidance_scale": 3.0},
+    "flux": {"true_cfg_scale": 2.0, "max_sequence_length": text.LENGTH},
+}
+"""What the pipelines are called with, besides captions and steps."""
+
+
+def measure_stage(settings: Settings) -> None:
+    """Captions for calibration and evaluation, and every figure of the READMEs."""
+    for name in ("sdxl", "flux"):
+        folder = settings.folder(name)
+        if (folder / "model_index.json").is_file():
+            write_prompts(folder, settings.seed + 7)
+            measure(folder, ARGUMENTS[name], settings.images, settings.seed + 9)
+
+
+STAGES = {
+    "checker": checker_stage,
+    "vae": vae_stage,
+    "text": text_stage,
+    "sdxl": sdxl_stage,
+    "flux": flux_stage,
+    "measure": measure_stage,
+}
 
 
 def main() -> None:

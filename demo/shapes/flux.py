@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from shapes.text import LENGTH, WIDTH
 
@@ -15,8 +15,8 @@ PATCHES = 8  # a side: 16x16 latents in 2x2 patches
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """Two double and four single blocks, 8 heads of 24."""
-    return FluxTransformer2DModel(
+    """Two double and four single blocks, 8 heads of 24; every block starts as the identity and the output as zero."""
+    model = FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
         num_single_layers=4,
@@ -27,6 +27,13 @@ def new_transformer() -> FluxTransformer2DModel:
         guidance_embeds=False,
         axes_dims_rope=(4, 10, 10),
     )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name == "proj_out" or name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")):
+                nn.init.zeros_(module.weight)
+    return model
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -16,6 +16,7 @@ from torch import Tensor
 from stageprune.core.evaluation.scene import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing
 
 SIDE = 64
+LATENT_SIDE = SIDE // 4
 RADII = {"small": (6.0, 8.0), "large": (11.0, 14.0)}
 PALETTE = torch.tensor(
     [[0.90, 0.12, 0.12], [0.10, 0.75, 0.20], [0.12, 0.25, 0.95], [0.95, 0.85, 0.10], [0.97, 0.97, 0.97]]

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from shapes.scenes import SIDE
-from shapes.text import LENGTH, WIDTH
+from shapes.scenes import LATENT_SIDE, SIDE
+from shapes.text import WIDTH
 
-LATENT_SIDE = SIDE // 4
 TIME_IDS = 16  # channels of each of SDXL's six micro-conditioning numbers
 
 
@@ -94,6 +93,3 @@ def encode_text(parts: dict[str, Any], ids: dict[str, Tensor]) -> dict[str, Tens
     first = parts["text_encoder"](ids["clip"], output_hidden_states=True).hidden_states[-2]
     second = parts["text_encoder_2"](ids["clip"], output_hidden_states=True)
     return {"states": torch.cat([first, second.hidden_states[-2]], -1), "pooled": second.text_embeds}
-
-
-__all__ = ["LENGTH", "Loss", "encode_text", "new_scheduler", "new_unet", "pipeline"]

@@ -6,6 +6,7 @@ its states what the caption asks for; what a diffusion model needs is then linea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ def clip_tokenizer() -> CLIPTokenizer:
         vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
     bpe.train_from_iterator([*WORDS] * 3 + letters, trainer)
-    learned = __import__("json").loads(bpe.to_str())["model"]
+    learned = json.loads(bpe.to_str())["model"]
     vocab = dict(sorted(learned["vocab"].items(), key=lambda item: item[1]))
     for token in ("<|startoftext|>", "<|endoftext|>"):
         vocab[token] = len(vocab)
