@@ -11,7 +11,7 @@ from .core.bundle import Bundle, load_bundle
 from .core.calibration import Calibration
 from .core.errors import StagePruneError
 from .core.evaluation import Judge, Report
-from .core.groups import check_slice_equals_mask, families, find_groups, register_family
+from .core.groups import InputSize, check_slice_equals_mask, families, find_groups, register_family
 from .core.hosts.diffusers.attach import (
     attach,
     detach,
@@ -33,6 +33,7 @@ __all__ = [
     "Bundle",
     "Calibration",
     "ErrorTable",
+    "InputSize",
     "Judge",
     "Report",
     "Stage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from .calibration import Calibration
 from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
-from .hosts.diffusers import DiffusersHost
+from .hosts.diffusers import DiffusersHost, Size
 from .planning import ErrorTable
 from .pruning import DEFAULT_LEVELS, Bank
-from .pruning.bank import Sharing
+from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
 
 
-def host_for(pipe: Any) -> Host:
+def host_for(pipe: Any, size: Size | None = None) -> Host:
     """The host of a pipeline; a Host is returned as it is. Refuses a pipeline that is being pruned already."""
-    host: Host = pipe if hasattr(pipe, "advance") and hasattr(pipe, "tau_reader") else DiffusersHost(pipe)
+    given = hasattr(pipe, "advance") and hasattr(pipe, "tau_reader")
+    if given and size is not None:
+        raise StagePruneError("`size` goes with a pipeline; this host was made for a size already.")
+    host: Host = pipe if given else DiffusersHost(pipe, size)
     if pruner_of(host.denoiser) is not None:
         raise StagePruneError(
             "stage pruning is enabled on this pipeline, which would measure the pruned model as if it were dense. Call "
@@ -33,12 +36,28 @@ def host_for(pipe: Any) -> Host:
     return host
 
 
+def host_at(pipe: Any, size: Size | None, made: Bank | Calibration | None) -> Host:
+    """The host of a pipeline at `size`, by default at the one that `made` has recorded.
+
+    That counts only if the pipeline can be driven, and `made` is of its denoiser: if not, whoever uses it says so.
+    """
+    host = host_for(pipe, size)
+    if size is not None or made is None or not isinstance(host, DiffusersHost) or host is pipe:
+        return host
+    calibrated: Mapping[str, Any] = made.provenance.get("calibration") or {}
+    recorded, own = made.provenance.get("size") or calibrated.get("size"), host.describe()["size"]
+    if recorded in (None, own) or own is None or made.fingerprint.mismatch(fingerprint_of(host.denoiser)):
+        return host
+    return host_for(pipe, recorded)
+
+
 def calibrate(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
     steps: int = 25,
     guidance: float | None = None,
+    size: Size | None = None,
     stages: int | Sequence[float] = 1,
     alpha: str = "uniform",
     kinds: Sequence[str] = ("head", "neuron"),
@@ -53,6 +72,7 @@ def calibrate(
         prompts: texts or class labels; each gets its own seed (`seed`, `seed + 1`, ...).
         steps: sampling steps.
         guidance: guidance scale, the pipeline's usual one by default; above 1 the unconditional pass is recorded too.
+        size: of the images in pixels, a side or (height, width); what the pipeline makes by itself by default.
         stages: equal stages kept apart (needed for orders or consumers per stage), or inner boundaries in tau, falling.
         alpha: weight of each step: `uniform` or `log-decrease` (OBS-Diff, equation 5).
         kinds: unit kinds that will be pruned; add `channel` for the convolutions of a UNet (their Hessians are large).
@@ -67,7 +87,7 @@ def calibrate(
         >>> calibration = stageprune.calibrate(pipe, list(range(10)) * 4, steps=20)
         >>> calibration.save("out/calibration.safetensors")
     """
-    host = host_for(pipe)
+    host = host_for(pipe, size)
     return _calibration.calibrate(
         host,
         prompts,
@@ -94,6 +114,7 @@ def prune(
     multiple: int = 64,
     damping: float = 0.01,
     seed: int = 0,
+    size: Size | None = None,
 ) -> Bank:
     """Order every group's units and compensate every consumer at every level. The pipeline is not changed, but it knows
     the bank afterwards: `pipe.enable_stage_pruning(schedule)` works with a bare schedule.
@@ -109,6 +130,7 @@ def prune(
         multiple: neurons are kept in multiples of this.
         damping: added to each Hessian's diagonal, relative to its mean.
         seed: for methods that draw.
+        size: in pixels, a side or (height, width): MACs are counted at this size; that of the calibration by default.
 
     Raises:
         BankError: an argument is out of range.
@@ -117,7 +139,7 @@ def prune(
     Example:
         >>> bank = stageprune.prune(pipe, calibration, levels=[0, 0.2, 0.35, 0.5])
     """
-    host = host_for(pipe)
+    host = host_at(pipe, size, calibration)
     bank = _pruning.prune(
         host,
         calibration,
@@ -143,6 +165,7 @@ def allocate(
     prompts: Sequence[Prompt] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    size: Size | None = None,
     stages: int | Sequence[float] | None = None,
     seed: int = 10_000,
     batch_size: int = 32,
@@ -158,6 +181,7 @@ def allocate(
         prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
+        size: of the images in pixels, a side or (height, width); what the bank was made for by default.
         stages: number of equal stages or inner boundaries in tau; 5 by default, or the bank's own.
         seed: first probe seed.
         batch_size: probes that run together.
@@ -174,7 +198,7 @@ def allocate(
         >>> stageprune.Bundle(bank, allocation.schedule).save("out/bundle")
     """
     return _planning.allocate(
-        host_for(pipe),
+        host_at(pipe, size, bank),
         bank,
         target=target,
         strategy=strategy,
@@ -196,6 +220,7 @@ def evaluate(
     count: int = 64,
     steps: int | None = None,
     guidance: float | None = None,
+    size: Size | None = None,
     seed: int = 20_000,
     batch_size: int = 32,
     judge: Judge | str | Path | None = None,
@@ -211,6 +236,7 @@ def evaluate(
         count: images of each variant.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
+        size: of the images in pixels, a side or (height, width); what the bank was made for by default.
         seed: first seed.
         batch_size: samples that run together; each batch is a round of timing.
         judge: a classifier for class accuracy and Frechet distance, or its folder.
@@ -226,9 +252,10 @@ def evaluate(
     Example:
         >>> stageprune.evaluate(pipe, "out/bundle", judge="demo/dit-digits/judge").save("out/report")
     """
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     return _evaluation.evaluate(
-        host_for(pipe),
-        bundle if isinstance(bundle, Bundle) else load_bundle(bundle),
+        host_at(pipe, size, loaded.bank),
+        loaded,
         prompts=prompts,
         count=count,
         steps=steps,

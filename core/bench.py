@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from .api import host_at
 from .bundle import load_bundle
 from .errors import StagePruneError
 from .evaluation.benchmark import Benchmark, benchmark
 from .evaluation.benchmark_image import ImageBenchmark, benchmark_image
 from .groups import find_groups
-from .hosts.diffusers import DiffusersHost, reader_for
+from .host import Host
+from .hosts.diffusers import Size
+from .hosts.diffusers.bare import DenoiserHost
 from .hosts.diffusers.fullsize import FULL_SIZE, random_bank
 from .hosts.diffusers.load import load_pipeline, pick_device, pick_dtype
 
@@ -46,6 +49,7 @@ def run_bench(
     compile_blocks: bool = False,
     device: str = "auto",
     dtype: str = "float32",
+    size: Size | None = None,
 ) -> BenchResult:
     """Time dense against pruned.
 
@@ -58,14 +62,18 @@ def run_bench(
         compile_blocks: torch.compile the denoiser's blocks first.
         device: `auto` or a torch device.
         dtype: `float32`, `bfloat16` or `float16`.
+        size: of a pipeline's images in pixels; what the bundle was made for, or the pipeline's own, by default.
     """
-    if target in FULL_SIZE:
-        host, denoiser = None, FULL_SIZE[target].build(pick_device(device), pick_dtype(dtype))
-    else:
-        host = DiffusersHost(load_pipeline(target, device, dtype))
-        denoiser = host.denoiser
     loaded = load_bundle(bundle) if bundle is not None else None
-    bank = loaded.bank if loaded is not None else random_bank(denoiser, levels or LEVELS)
+    if target not in FULL_SIZE:
+        pipe = load_pipeline(target, device, dtype)
+        host: Host = host_at(pipe, size, None if loaded is None else loaded.bank)
+    elif size is not None:
+        raise StagePruneError(f"`size` goes with a pipeline; {target} is timed at {FULL_SIZE[target].pixels} pixels.")
+    else:
+        host = DenoiserHost(FULL_SIZE[target].build(pick_device(device), pick_dtype(dtype)))
+    denoiser, calls = host.denoiser, host.input_size
+    bank = loaded.bank if loaded is not None else random_bank(denoiser, levels or LEVELS, size=calls)
     chosen = list(levels if levels is not None else bank.sparsities)
     unknown = [level for level in chosen if level not in bank.sparsities]
     if unknown:
@@ -73,8 +81,10 @@ def run_bench(
         raise StagePruneError(f"--levels {unknown[0]:g}: the bundle's levels are {have}.")
     if compile_blocks:
         _compile_blocks(denoiser)
-    timed = benchmark(denoiser, bank, reader_for(denoiser), sparsities=chosen, batch=batch, rounds=rounds, warmup=2)
-    if host is None or loaded is None or loaded.schedule is None:
+    timed = benchmark(
+        denoiser, bank, host.tau_reader, sparsities=chosen, batch=batch, rounds=rounds, warmup=2, size=calls
+    )
+    if target in FULL_SIZE or loaded is None or loaded.schedule is None:
         return BenchResult(timed)
     prompts = host.default_prompts()
     images = benchmark_image(

@@ -16,6 +16,27 @@ try:
 except ImportError:
     sys.exit("The stageprune command needs its extra: pip install 'stageprune[cli]'")
 
+from .cli_options import (
+    FULL_SIZE,
+    Batch,
+    BundleArgument,
+    Device,
+    Dtype,
+    Guidance,
+    Out,
+    OwnSize,
+    Pipe,
+    Prompts,
+    Size,
+    Steps,
+    default_judge,
+    load,
+    numbers,
+    pixels,
+    read_prompts,
+    repeat,
+)
+
 console = Console(stderr=True)
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,23 +45,6 @@ app = typer.Typer(
     help="Stage-wise structural pruning of diffusion models. The usual way: calibrate, prune, allocate, then generate "
     "or evaluate with the bundle. `stageprune demo` does all of it on a small trained pipeline.",
 )
-
-Pipe = Annotated[str, typer.Argument(help="A diffusers pipeline: local folder or Hub id.", metavar="PIPE")]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", metavar="BUNDLE")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        help="Prompts or class labels, separated by commas; @FILE with one a line if they have commas themselves. "
-        "Default: the pipeline's own."
-    ),
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: those of the calibration.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: that of the calibration.")]
-Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
-Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
-Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
-FULL_SIZE = "dit-xl, sd15, sdxl, sd3-medium, sd35-medium, sd35-large, flux-dev"
 
 
 @app.callback()
@@ -59,6 +63,7 @@ def calibrate(
     count: Annotated[int, typer.Option(min=1, help="How many prompts; a shorter list repeats, with new seeds.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
+    size: OwnSize = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
     alpha: Annotated[str, typer.Option(help="Weight of the steps: uniform or log-decrease.")] = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
@@ -69,7 +74,7 @@ def calibrate(
     """Run the pipeline on prompts and accumulate what pruning needs to know. Interrupted? Run it again: it goes on."""
     from .api import calibrate as run
 
-    pipeline = _load(pipe, device, dtype)
+    pipeline = load(pipe, device, dtype)
     part = out.with_name(out.name + ".part")
     chosen = repeat(read_prompts(prompts, pipeline), count)
     result = run(
@@ -77,6 +82,7 @@ def calibrate(
         chosen,
         steps=steps,
         guidance=guidance,
+        size=pixels(size),
         stages=stages,
         alpha=alpha,
         seed=seed,
@@ -103,6 +109,7 @@ def prune(
     ] = "shared",
     multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
     damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,
+    size: Size = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -113,7 +120,7 @@ def prune(
 
     loaded = Calibration.load(calibration) if calibration else None
     bank = run(
-        _load(pipe, device, dtype),
+        load(pipe, device, dtype),
         loaded,
         method=method,
         levels=numbers(levels, "--levels"),
@@ -121,6 +128,7 @@ def prune(
         consumers=consumers,  # type: ignore[arg-type]
         multiple=multiple,
         damping=damping,
+        size=pixels(size),
     )
     Bundle(bank).save(out)
     typer.echo(f"{bank}\nsaved to {out}")
@@ -140,6 +148,7 @@ def allocate(
     prompts: Prompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    size: Size = None,
     batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -154,7 +163,7 @@ def allocate(
         schedule = StageSchedule.from_levels(numbers(levels or "", "--levels"))
         typer.echo(str(schedule))
     else:
-        pipeline = _load(pipe, device, dtype)
+        pipeline = load(pipe, device, dtype)
         allocation = run(
             pipeline,
             bank,
@@ -163,6 +172,7 @@ def allocate(
             prompts=read_prompts(prompts, pipeline) if prompts else None,
             steps=steps,
             guidance=guidance,
+            size=pixels(size),
             stages=stages,
             batch_size=batch_size,
         )
@@ -182,6 +192,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="First seed; each prompt gets the next one.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
+    size: OwnSize = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -191,12 +202,11 @@ def generate(
     from .hosts.diffusers import DiffusersHost
     from .hosts.diffusers.attach import enable_stage_pruning, stage_pruning_summary
 
-    pipeline = _load(pipe, device, dtype)
-    chosen = read_prompts(prompts, pipeline)
+    pipeline = load(pipe, device, dtype)
+    host, chosen = DiffusersHost(pipeline, pixels(size)), read_prompts(prompts, pipeline)
     if bundle is not None:
         enable_stage_pruning(pipeline, bundle)
-        typer.echo(str(stage_pruning_summary(pipeline, steps)))
-    host = DiffusersHost(pipeline)
+        typer.echo(str(stage_pruning_summary(pipeline, steps, host.size)))
     scale = host.default_guidance if guidance is None else guidance
     out.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(chosen):  # one by one: a large model has no room for all of them
@@ -216,6 +226,7 @@ def evaluate(
     count: Annotated[int, typer.Option(min=2, help="Images per variant.")] = 64,
     steps: Steps = None,
     guidance: Guidance = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 20_000,
     judge: Annotated[
         Path | None, typer.Option(help="Folder of a judge. Default: `judge` in the pipeline's folder.")
@@ -229,7 +240,7 @@ def evaluate(
     from .bundle import Bundle
 
     loaded = Bundle.load(bundle)
-    pipeline = _load(pipe, device, dtype)
+    pipeline = load(pipe, device, dtype)
     report = run(
         pipeline,
         loaded,
@@ -237,6 +248,7 @@ def evaluate(
         count=count,
         steps=steps,
         guidance=guidance,
+        size=pixels(size),
         seed=seed,
         judge=judge or default_judge(pipe),
         batch_size=batch_size,
@@ -247,12 +259,17 @@ def evaluate(
 
 
 @app.command()
-def inspect(target: Annotated[str, typer.Argument(help="A bundle, a calibration, or a pipeline.")]) -> None:
+def inspect(
+    target: Annotated[str, typer.Argument(help="A bundle, a calibration, or a pipeline.")], size: OwnSize = None
+) -> None:
     """Show what a bundle or calibration holds, or the groups and cost of a pipeline's denoiser."""
     from .bundle import MANIFEST, Bundle
     from .calibration import Calibration
 
     path = Path(target)
+    made = (path / MANIFEST).exists() or path.is_file()
+    if made and size is not None:
+        raise StagePruneError(f"--size goes with a pipeline; {target} has recorded the size that it was made at.")
     if (path / MANIFEST).exists():
         bundle = Bundle.load(path)
         typer.echo(str(bundle.bank))
@@ -261,7 +278,7 @@ def inspect(target: Annotated[str, typer.Argument(help="A bundle, a calibration,
     elif path.is_file():
         typer.echo(str(Calibration.load(path)))
     else:
-        _inspect_pipeline(_load(target, "cpu", "float32"))
+        _inspect_pipeline(load(target, "cpu", "float32"), pixels(size))
 
 
 @app.command()
@@ -274,6 +291,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Samples of a forward.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds, each of which runs every level.")] = 5,
     compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    size: Size = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -290,6 +308,7 @@ def bench(
         compile_blocks=compile_blocks,
         device=device,
         dtype=dtype,
+        size=pixels(size),
     )
     if out is not None:
         from .files import atomic_file
@@ -320,57 +339,15 @@ def env() -> None:
         typer.echo(f"{key:<16} {value}")
 
 
-def _load(name: str, device: str, dtype: str) -> Any:
-    from .hosts.diffusers.load import load_pipeline
-
-    return load_pipeline(name, device, dtype)
-
-
-def read_prompts(text: str | None, pipeline: Any) -> list[int | str]:
-    """Prompts from the command line, from a file, or the pipeline's own."""
+def _inspect_pipeline(pipeline: Any, size: tuple[int, int] | None) -> None:
+    from .groups import find_groups, measure_cost
     from .hosts.diffusers import DiffusersHost
 
-    if text is None:
-        return DiffusersHost(pipeline).default_prompts()
-    if text.startswith("@"):
-        path = Path(text[1:])
-        if not path.is_file():
-            raise StagePruneError(f"--prompts {text}: no such file.")
-        parts = path.read_text("utf-8").splitlines()
-    else:
-        parts = text.split(",")
-    prompts: list[int | str] = [int(part) if part.isdigit() else part for part in map(str.strip, parts) if part]
-    if not prompts:
-        raise StagePruneError(f"--prompts {text!r} names no prompt.")
-    return prompts
-
-
-def repeat(prompts: list[int | str], count: int) -> list[int | str]:
-    """The prompts over and over, `count` in all."""
-    return [prompts[index % len(prompts)] for index in range(count)]
-
-
-def numbers(text: str, option: str) -> list[float]:
-    """Numbers separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise StagePruneError(f"{option} must be numbers separated by commas, got {text!r}.") from None
-
-
-def default_judge(pipe: str) -> Path | None:
-    """The judge that comes with a demo pipeline."""
-    folder = Path(pipe) / "judge"
-    return folder if folder.is_dir() else None
-
-
-def _inspect_pipeline(pipeline: Any) -> None:
-    from .groups import find_groups, measure_cost
-    from .hosts.diffusers import find_denoiser
-
-    name, denoiser = find_denoiser(pipeline)
-    cost = measure_cost(denoiser)
-    typer.echo(f"{name}: {type(denoiser).__name__}, {cost.dense / 1e9:.3f} GMACs a forward")
+    host = DiffusersHost(pipeline, size)
+    denoiser, at = host.denoiser, host.input_size
+    cost = measure_cost(denoiser, size=at)
+    where = at or "the model's default size"
+    typer.echo(f"{host.component}: {type(denoiser).__name__}, {cost.dense / 1e9:.3f} GMACs a forward at {where}")
     typer.echo(f"prunable: {cost.prunable / cost.dense:.1%} of the MACs")
     for group in find_groups(denoiser):
         typer.echo(str(group))

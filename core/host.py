@@ -19,6 +19,25 @@ TauReader = Callable[[tuple[Any, ...], Mapping[str, Any]], float]
 
 
 @dataclass(frozen=True)
+class InputSize:
+    """What one denoiser call is given. Its cost depends on nothing else.
+
+    Args:
+        height: of the latents (before FLUX packs them).
+        width: of the latents.
+        text: tokens of text; None is what the family's pipelines give by default.
+    """
+
+    height: int
+    width: int
+    text: int | None = None
+
+    def __str__(self) -> str:
+        text = "" if self.text is None else f" and {self.text} text tokens"
+        return f"latents of {self.height} x {self.width}{text}"
+
+
+@dataclass(frozen=True)
 class Conditions:
     """Encoded prompts: tensors whose first dimension is the prompt."""
 
@@ -59,6 +78,10 @@ class Host(Protocol):
     @property
     def tau_reader(self) -> TauReader:
         """How to read the noise level from a call of the denoiser."""
+
+    @property
+    def input_size(self) -> InputSize | None:
+        """What the sampler gives the denoiser in each call, for counting MACs. None is the family's default."""
 
     def taus(self, steps: int) -> list[float]:
         """Noise level of each call of the (guided) denoiser that the sampler makes for `steps`, in order."""

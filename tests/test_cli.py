@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stageprune.core import cli
 from stageprune.core.bundle import Bundle
@@ -126,6 +128,10 @@ def test_env_names_versions(monkeypatch, capsys):
         (("prune", "PIPE", "--method", "magnitude", "--levels", "0,1.5"), "in [0, 1)"),
         (("allocate", "PIPE", "missing"), "no such bundle folder"),
         (("generate", "PIPE", "--dtype", "int3"), "must be one of float32"),
+        (("generate", "PIPE", "--size", "64"), "must be 16 x 16 pixels, the one that this DiT is made for"),
+        (("generate", "PIPE", "--size", "16by16"), "--size must be a side in pixels, or height x width"),
+        (("inspect", "CALIBRATION", "--size", "16"), "--size goes with a pipeline"),
+        (("bench", "dit-xl", "--size", "256"), "`size` goes with a pipeline; dit-xl is timed at 256 pixels"),
         (("demo", "no-such-demo"), "no demo pipeline"),
         (("calibrate", "PIPE", "--steps", "0"), "--steps"),
         (("frobnicate",), "frobnicate"),
@@ -133,7 +139,9 @@ def test_env_names_versions(monkeypatch, capsys):
 )
 def test_mistakes_get_one_message_and_exit_code_2(arguments, message, folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    words = [folder / "pipe" if word == "PIPE" else word for word in arguments]
+    (tmp_path / "file").touch()
+    places = {"PIPE": folder / "pipe", "CALIBRATION": tmp_path / "file"}
+    words = [places.get(word, word) for word in arguments]
     code, _, err = run(monkeypatch, capsys, *words)
     assert code == 2
     assert message in " ".join(err.split())
@@ -163,3 +171,32 @@ def test_text_prompts(tmp_path, monkeypatch, capsys):
     assert provenance["guidance"] == 7.5 and provenance["prompts"] == ["a fox, red", "an old house"] * 4
     code, out, error = run(monkeypatch, capsys, "generate", pipe, "-o", tmp_path / "images", "--prompts", "fox,7")
     assert code == 2 and "prompt 7 is of type int, but StableDiffusionPipeline takes texts" in error
+
+
+def test_a_size(tmp_path, monkeypatch, capsys):
+    """Given once, to `calibrate`; generating is at the pipeline's own size unless it is given again."""
+    make_pipeline("flux").save_pretrained(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    common = ("--device", "cpu")
+    code, _, error = run(
+        monkeypatch, capsys, "calibrate", "pipe", "-o", "cal", "--count", 6, "--steps", 4, "--size", "16x24", *common
+    )
+    assert code == 0, error
+    assert Calibration.load("cal").provenance["size"] == [16, 24]
+    prune = ("prune", "pipe", "-o", "bank", "--levels", "0.3,0.6", "--multiple", 8)
+    code, out, _ = run(monkeypatch, capsys, *prune, "--calibration", "cal", *common)
+    assert code == 0 and Bundle.load("bank").bank.provenance["size"] == [16, 24]
+    allocate = ("allocate", "pipe", "bank", "-o", "bundle", "--target", "0.7", "--strategy", "uniform", *common)
+    assert run(monkeypatch, capsys, *allocate)[0] == 0
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "pipe", "bundle", "-o", "report", "--count", 2, *common)
+    assert code == 0 and json.loads(Path("report/report.json").read_text())["environment"]["size"] == "16 x 24 pixels"
+    code, out, _ = run(
+        monkeypatch, capsys, "generate", "pipe", "--bundle", "bundle", "-o", "images", "--prompts", "fox",
+        "--steps", 2, "--size", "24", *common,
+    )  # fmt: skip
+    assert code == 0 and "at latents of 12 x 12 and 16 text tokens" in out
+    assert Image.open(next(Path("images").glob("*.png"))).size == (24, 24)
+    code, out, _ = run(monkeypatch, capsys, "inspect", "pipe", "--size", "16x24")
+    assert code == 0 and "GMACs a forward at latents of 8 x 12 and 16 text tokens" in out
+    code, out, error = run(monkeypatch, capsys, *prune, "--method", "magnitude", "--size", "16x30", *common)
+    assert code == 2 and "multiples of 4 pixels" in " ".join(error.split())

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stageprune import check_slice_equals_mask, families, find_groups, register_family
 from stageprune.core.errors import GroupError
-from stageprune.core.groups import Attribute, Cols, Group, Rows, family_of, measure_cost, width_groups
+from stageprune.core.groups import Attribute, Cols, Group, InputSize, Rows, family_of, measure_cost, width_groups
 from stageprune.core.groups.check import masked, sliced
 from stageprune.core.groups.families.dit import DiT
 from stageprune.core.groups.group import check_groups, consumer_sites
@@ -226,6 +226,18 @@ def test_dense_cost(denoiser):
     inputs = family_of(denoiser).example_inputs(denoiser)
     assert cost.dense == count_macs(denoiser, inputs) == analytic_macs(denoiser)
     assert cost.macs({}) == cost.dense
+
+
+def test_a_dit_runs_at_its_own_size_only(denoiser):
+    own = denoiser.config.sample_size
+    assert measure_cost(denoiser, size=InputSize(own, own, text=3)) == measure_cost(denoiser)
+    with pytest.raises(GroupError, match=f"`size` must be {own} x {own}, the one .* got {own} x {2 * own}"):
+        measure_cost(denoiser, size=InputSize(own, 2 * own))
+
+
+def test_a_size_reads_well():
+    assert str(InputSize(8, 16)) == "latents of 8 x 16"
+    assert str(InputSize(8, 16, 77)) == "latents of 8 x 16 and 77 text tokens"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])

@@ -11,7 +11,7 @@ import torch
 
 import stageprune
 from stageprune import StagePruneError
-from stageprune.core.host import sample
+from stageprune.core.host import InputSize, sample
 from stageprune.core.hosts.diffusers import DiffusersHost, attach, detach, find_denoiser, reader_for
 from stageprune.core.hosts.diffusers.attach import METHODS
 from stageprune.core.hosts.diffusers.timesteps import TimestepReader
@@ -117,6 +117,17 @@ def test_describe_is_plain_data_without_paths(pipe, tmp_path):
     assert description["scheduler_config"]["timestep_spacing"] == "trailing"
 
 
+def test_a_dit_has_one_size(pipe):
+    """It may be asked for: a bundle that has recorded it does so."""
+    for size in (16, (16, 16), [16, 16]):
+        host = DiffusersHost(pipe, size)
+        got = sample(host, host.encode(LABELS), [0, 1, 2], 4, GUIDANCE)
+        assert torch.equal(host.decode(got), images(pipe, 4, GUIDANCE))
+        assert host.adapter.call_arguments(pipe, LABELS, GUIDANCE) == {"class_labels": LABELS, "guidance_scale": 1.5}
+    assert DiffusersHost(pipe).describe()["size"] == [16, 16]
+    assert DiffusersHost(pipe).input_size == InputSize(8, 8)
+
+
 READER = TimestepReader("timestep", 1, 1000.0)
 
 
@@ -178,15 +189,30 @@ def test_find_denoiser(pipe):
         find_denoiser(pipe)
 
 
-def test_a_pipeline_without_an_adapter_says_so(pipe):
-    class Other(diffusers.DiffusionPipeline):
-        def __init__(self, transformer, scheduler):
-            super().__init__()
-            self.register_modules(transformer=transformer, scheduler=scheduler)
+class Other(diffusers.DiffusionPipeline):
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
 
+
+def test_a_pipeline_without_an_adapter_says_so(pipe):
     other = Other(pipe.transformer, pipe.scheduler)
     with pytest.raises(StagePruneError, match=r"Other cannot be calibrated or evaluated yet; supported .*DiTPipeline"):
         DiffusersHost(other).encode([1])
+    with pytest.raises(StagePruneError, match="Other cannot be calibrated or evaluated yet"):
+        DiffusersHost(other, size=16)
+    host = DiffusersHost(other)
+    assert host.input_size is None and host.describe()["size"] is None
+
+
+def test_a_pipeline_without_an_adapter_can_be_pruned_and_enabled(pipe, calibration):
+    """With MACs at the denoiser's default size: nobody knows another."""
+    other = Other(pipe.transformer, pipe.scheduler)
+    bank = stageprune.prune(other, calibration, levels=[0.5], multiple=16)
+    assert bank.provenance["size"] is None and bank.provenance["calibration"]["size"] == [16, 16]
+    pruner = stageprune.enable_stage_pruning(other, stageprune.Bundle(bank, stageprune.StageSchedule.uniform(0.5)))
+    assert pruner.size is None
+    stageprune.disable_stage_pruning(other)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from stageprune.core.calibration import Calibration
 from stageprune.core.calibration.hessian import HessianRecorder
 from stageprune.core.errors import GroupError
 from stageprune.core.fingerprint import Fingerprint
-from stageprune.core.groups import Cols, Rows, consumer_sites, family_of, measure_cost, width_groups
+from stageprune.core.groups import Cols, InputSize, Rows, consumer_sites, family_of, measure_cost, width_groups
 from stageprune.core.groups.check import masked, sliced
 from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import reader_for
@@ -24,7 +24,7 @@ from stageprune.core.pruning import prune
 from stageprune.core.runtime import StagePruner
 from support import SHARING_IDS, SHARINGS, TAUS, inside, reference, relative, same_state, state_of
 
-SIZE = (8, 8)
+SIZE = InputSize(8, 8)
 LEVELS = (0.0, 0.3, 0.6)
 SCHEDULE = StageSchedule.from_levels([0, 0.3, 0.6, 0.3, 0.6])
 TOLERANCE = 1e-5
@@ -107,17 +107,22 @@ def test_cost_is_what_a_counter_counts(denoiser):
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_cost_follows_the_size(name):
     denoiser = zoo.make_denoiser(name)
-    for size in ((8, 8), (4, 12)):
+    square, oblong, short = InputSize(8, 8), InputSize(4, 12), InputSize(8, 8, text=5)
+    for size in (square, oblong, short):
         assert measure_cost(denoiser, size=size).dense == count_macs(denoiser, size)
-    assert measure_cost(denoiser, size=(4, 12)).dense < measure_cost(denoiser, size=(8, 8)).dense
+        check_slice_equals_mask(denoiser, tolerance=2e-6, size=size)
+    assert measure_cost(denoiser, size=oblong).dense < measure_cost(denoiser, size=square).dense
+    assert measure_cost(denoiser, size=short).dense < measure_cost(denoiser, size=square).dense
 
 
 def test_tokens_are_those_of_the_pipelines():
     sd3, flux = zoo.make_denoiser("sd3"), zoo.make_denoiser("flux")
     assert family_of(sd3).tokens(sd3) == {"image": 16, "text": 333, "joint": 349}
-    assert family_of(sd3).tokens(sd3, (16, 8)) == {"image": 32, "text": 333, "joint": 365}
+    assert family_of(sd3).tokens(sd3, InputSize(16, 8)) == {"image": 32, "text": 333, "joint": 365}
     assert family_of(flux).tokens(flux) == {"image": 4096, "text": 512, "joint": 4608}
-    assert family_of(flux).tokens(flux, (96, 64)) == {"image": 1536, "text": 512, "joint": 2048}
+    assert family_of(sd3).tokens(sd3, InputSize(8, 8, 20)) == {"image": 16, "text": 20, "joint": 36}
+    assert family_of(flux).tokens(flux, InputSize(96, 64)) == {"image": 1536, "text": 512, "joint": 2048}
+    assert family_of(flux).tokens(flux, InputSize(8, 8, 16)) == {"image": 16, "text": 16, "joint": 32}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +130,13 @@ def test_tokens_are_those_of_the_pipelines():
     [
         ("sd3", (9, 8), r"`size` must be multiples of 2 \(latent height and width\), got 9 x 8"),
         ("flux", (8, 0), r"`size` must be multiples of 2 \(latent height and width\), got 8 x 0"),
-        ("sd3", (8, 32), r"`size` must be at most 16 a side .* got \(8, 32\)"),
-        ("dit", (16, 16), r"`size` must be 8 x 8, the one that this DiT is made for; got \(16, 16\)"),
+        ("sd3", (8, 32), r"`size` must be at most 16 a side .* got 8 x 32"),
+        ("dit", (16, 16), r"`size` must be 8 x 8, the one that this DiT is made for; got 16 x 16"),
     ],
 )
 def test_sizes_that_a_model_cannot_run(name, size, message):
     with pytest.raises(GroupError, match=message):
-        measure_cost(zoo.make_denoiser(name), size=size)
+        measure_cost(zoo.make_denoiser(name), size=InputSize(*size))
 
 
 def test_one_head_is_both_streams():

@@ -5,9 +5,15 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import stageprune
 from stageprune import StagePruneError
+from stageprune.core.evaluation.variants import make_variants
+from stageprune.core.groups import InputSize, measure_cost
 from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.pruning import realised_sparsity
 from zoo import NAMES, PROMPTS, drive, generate, make_pipeline, prompts_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
@@ -182,3 +188,195 @@ def test_many_prompts_are_encoded_a_few_at_a_time():
     )
     assert len(host.encode(PROMPTS * 13)) == 39
     assert max(sizes) == 32
+
+
+SIZES = {"sd15": (24, 16), "sdxl": (40, 24), "sd3": (12, 24), "sd35": (12, 24), "flux": (24, 40)}
+"""Neither the pipeline's own nor square; sd15 and sdxl take multiples of 8 pixels, the others of 4."""
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_other_sizes_are_bit_equal_to_the_pipeline(name, guidance):
+    pipe, size = make_pipeline(name), SIZES[name]
+    host = DiffusersHost(pipe, size)
+    arguments = host.adapter.call_arguments(pipe, PROMPTS, guidance)
+    assert (arguments["height"], arguments["width"]) == size
+    got = drive(pipe, guidance, size=size)
+    assert torch.equal(got, generate(pipe, guidance, size=size))
+    images = host.decode(got)
+    assert images.shape == (3, 3, *size) and torch.equal(images, generate(pipe, guidance, "pt", size=size))
+    assert host.describe()["size"] == list(size)
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_the_pipelines_own_size_can_be_asked_for(name):
+    pipe = make_pipeline(name)
+    own = DiffusersHost(pipe).describe()["size"]
+    side = {"sd15": 16, "sdxl": 32, "sd3": 16, "sd35": 16, "flux": 16}[name]
+    assert own == [side, side]
+    assert torch.equal(drive(pipe, 4.0, size=side), drive(pipe, 4.0))
+    assert "height" not in DiffusersHost(pipe).adapter.call_arguments(pipe, PROMPTS, 4.0)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_noise_levels_follow_the_size(name):
+    """As the pipeline shifts them; bit-equal trajectories of another size would show nothing if all shifts were one."""
+    pipe = make_pipeline(name)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    small, large = DiffusersHost(pipe, 8).taus(4), DiffusersHost(pipe, 32).taus(4)
+    assert all(few < many for few, many in zip(small[1:], large[1:], strict=True))
+    assert torch.equal(drive(pipe, 4.0, size=32), generate(pipe, 4.0, size=32))
+
+
+def test_flux_rounds_its_own_size_down():
+    pipe = make_pipeline("flux")
+    pipe.default_sample_size = 9
+    host = DiffusersHost(pipe)
+    assert host.describe()["size"] == [16, 16] and host.input_size == InputSize(8, 8, 16)
+    assert torch.equal(drive(pipe, 4.0), generate(pipe, 4.0))
+
+
+def macs_of_the_call(pipe, size):
+    """What torch counts in the first call that the pipeline itself makes for one sample without guidance."""
+    host, calls = DiffusersHost(pipe, size), []
+    hook = host.denoiser.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    pipe(**host.adapter.call_arguments(pipe, PROMPTS[:1], 1.0), num_inference_steps=1, output_type="latent")
+    hook.remove()
+    args, kwargs = calls[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        host.denoiser(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_cost_is_that_of_the_pipelines_own_calls(name):
+    """Size and text included. The family's default text is longer than the tests'."""
+    pipe, costs = make_pipeline(name), []
+    for size in (None, SIZES[name]):
+        host = DiffusersHost(pipe, size)
+        costs.append(measure_cost(host.denoiser, size=host.input_size).dense)
+        assert costs[-1] == macs_of_the_call(pipe, size)
+        assert host.encode(PROMPTS).tensors["embeds"].shape[1] == host.input_size.text
+    assert costs[0] != costs[1] and costs[0] != measure_cost(host.denoiser).dense
+
+
+@pytest.mark.parametrize("change", [{"text_encoder_3": None, "tokenizer_3": None}, {"tokenizer": None}])
+def test_text_length_without_some_encoder(change):
+    pipe = make_pipeline("sd3")
+    pipe.register_modules(**change)
+    assert DiffusersHost(pipe).input_size.text == (272 if "tokenizer_3" in change else 32)
+    pipe = make_pipeline("sd15")
+    pipe.register_modules(tokenizer=None)
+    assert DiffusersHost(pipe).input_size == InputSize(8, 8), "the family's text, since nobody can tell"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("sd15", 20, "multiples of 8 pixels .* StableDiffusionPipeline, got 20 x 20"),
+        ("sdxl", (32, 33), "multiples of 8 pixels .* StableDiffusionXLPipeline, got 32 x 33"),
+        ("sd3", (18, 16), "multiples of 4 pixels .* StableDiffusion3Pipeline, got 18 x 16"),
+        ("sd3", (16, 36), "at most 32 pixels a side for this StableDiffusion3Pipeline .* got 16 x 36"),
+        ("flux", [16, 22], "multiples of 4 pixels .* FluxPipeline, got 16 x 22"),
+        ("dit", 32, "must be 16 x 16 pixels, the one that this DiT is made for; got 32 x 32"),
+        ("flux", 0, "a side in pixels or .height, width., got 0"),
+        ("flux", "16", "a side in pixels or .height, width., got '16'"),
+        ("flux", (16, 16, 16), "a side in pixels or .height, width."),
+        ("flux", (16.0, 16), "a side in pixels or .height, width."),
+    ],
+)
+def test_sizes_that_a_pipeline_cannot_make(name, size, message):
+    with pytest.raises(StagePruneError, match=message):
+        DiffusersHost(make_pipeline(name), size)
+
+
+def test_a_unet_without_a_size_of_its_own():
+    pipe = make_pipeline("sd15")
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(StagePruneError, match="no `sample_size`, so the pipeline has no size of its own"):
+        DiffusersHost(pipe).start([0], 4)
+
+
+@pytest.fixture(scope="module")
+def flux_bank():
+    """Made at 24 x 40 pixels, of which only the calibration was told."""
+    pipe = make_pipeline("flux")
+    calibration = stageprune.calibrate(pipe, PROMPTS * 2, steps=4, size=(24, 40))
+    assert calibration.provenance["size"] == [24, 40]
+    return stageprune.prune(pipe, calibration, levels=[0.3, 0.6], multiple=8)
+
+
+def test_a_bank_knows_its_size(flux_bank):
+    pipe = make_pipeline("flux")
+    host = DiffusersHost(pipe, (24, 40))
+    assert flux_bank.provenance["size"] == flux_bank.provenance["calibration"]["size"] == [24, 40]
+    cost = measure_cost(host.denoiser, size=host.input_size)
+    assert flux_bank.provenance["realised"] == [
+        round(realised_sparsity(flux_bank.kept, cost, level), 6) for level in range(3)
+    ]
+    assert stageprune.prune(pipe, method="magnitude", size=32).provenance["size"] == [32, 32]
+    assert stageprune.prune(pipe, method="magnitude").provenance["size"] == [16, 16]
+
+
+def test_allocate_and_evaluate_run_at_the_size_of_the_bank(flux_bank, tmp_path):
+    pipe, tokens = make_pipeline("flux"), set()
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.add(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    stageprune.Bundle(flux_bank).save(tmp_path / "bank")
+    bank = stageprune.Bundle.load(tmp_path / "bank").bank
+    allocation = stageprune.allocate(pipe, bank, target=0.7, stages=2)
+    bundle = stageprune.Bundle(bank, allocation.schedule)
+    report = stageprune.evaluate(pipe, bundle, count=2)
+    assert tokens == {24 * 40 // 16}
+    assert report.environment["size"] == "24 x 40 pixels"
+    assert report.summary.size == InputSize(12, 20, 16)
+    assert report.summary.dense_macs == macs_of_the_call(pipe, (24, 40))
+    tokens.clear()
+    assert stageprune.evaluate(pipe, bundle, count=2, size=32).environment["size"] == "32 x 32 pixels"
+    assert stageprune.allocate(pipe, bank, target=0.7, stages=2, size=32).executed.share <= 0.705
+    assert tokens == {32 * 32 // 16}
+
+
+def test_magnitude_keeps_what_the_bank_keeps_at_every_size(flux_bank):
+    pipe = make_pipeline("flux")
+    bundle = stageprune.Bundle(flux_bank, stageprune.StageSchedule.uniform(0.3))
+    for size in (16, (24, 40)):
+        variants = {variant.name: variant for variant in make_variants(DiffusersHost(pipe, size), bundle, steps=4)}
+        magnitude = variants["magnitude"].bank
+        assert all(counts == flux_bank.kept[name][:2] for name, counts in magnitude.kept.items())
+        assert variants["magnitude"].macs_share == variants["schedule"].macs_share
+
+
+def test_a_size_that_another_model_has_recorded_is_no_ones_business(flux_bank):
+    with pytest.raises(stageprune.StagePruneError, match="the bank is for a FluxTransformer2DModel, got a UNet2D"):
+        stageprune.allocate(make_pipeline("sd15"), flux_bank, target=0.7, steps=4, prompts=PROMPTS * 2)
+
+
+def test_a_host_has_its_size_already(flux_bank):
+    host = DiffusersHost(make_pipeline("flux"), 32)
+    assert stageprune.allocate(host, flux_bank, target=0.7, strategy="uniform").executed.share <= 0.705
+    with pytest.raises(StagePruneError, match="this host was made for a size already"):
+        stageprune.allocate(host, flux_bank, size=16)
+
+
+def test_the_summary_is_for_the_pipelines_size_or_any_other(flux_bank):
+    pipe = make_pipeline("flux")
+    pruner = pipe.enable_stage_pruning(stageprune.Bundle(flux_bank, stageprune.StageSchedule.uniform(0.6)))
+    assert pruner.size == InputSize(8, 8, 16)
+    own, other = pipe.stage_pruning_summary(steps=4), pipe.stage_pruning_summary(steps=4, size=(24, 40))
+    pipe.disable_stage_pruning()
+    assert own.dense_macs == macs_of_the_call(pipe, None) and other.dense_macs == macs_of_the_call(pipe, (24, 40))
+    assert "at latents of 8 x 8 and 16 text tokens" in str(own)
+    assert "at latents of 12 x 20 and 16 text tokens" in str(other)
+    assert other.stages[0].realised == pytest.approx(flux_bank.provenance["realised"][2], abs=1e-6)
+    assert other.resident_bytes == own.resident_bytes and own.stages[0].realised != other.stages[0].realised
+    pipe.transformer.__dict__.pop("_stage_bank")
+    bare = stageprune.enable_stage_pruning(
+        pipe.transformer, stageprune.Bundle(flux_bank, stageprune.StageSchedule.uniform(0.6))
+    )
+    assert bare.size is None
+    summary = stageprune.stage_pruning_summary(pipe.transformer)
+    assert "at the model's default size" in str(summary)
+    with pytest.raises(StagePruneError, match="`size` is in pixels of the image: pass the pipeline"):
+        stageprune.stage_pruning_summary(pipe.transformer, size=16)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from stageprune import check_slice_equals_mask, find_groups
 from stageprune.core.errors import GroupError
-from stageprune.core.groups import Attribute, Cols, Rows, family_of, measure_cost, width_groups
+from stageprune.core.groups import Attribute, Cols, InputSize, Rows, family_of, measure_cost, width_groups
 from stageprune.core.groups.check import masked, sliced
 from stageprune.core.pruning.levels import kept_counts, realised_sparsity
 from support import same_state, state_of
@@ -141,7 +141,8 @@ def test_tokens_of_other_sizes():
     denoiser = make("sdxl")
     family = family_of(denoiser)
     assert family.tokens(denoiser) == {"level0": 256, "level1": 64, "level2": 16, "text": 77}
-    assert family.tokens(denoiser, (10, 17)) == {"level0": 170, "level1": 5 * 9, "level2": 3 * 5, "text": 77}
+    assert family.tokens(denoiser, InputSize(10, 17)) == {"level0": 170, "level1": 5 * 9, "level2": 3 * 5, "text": 77}
+    assert family.tokens(denoiser, InputSize(16, 16, 9)) == {"level0": 256, "level1": 64, "level2": 16, "text": 9}
 
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

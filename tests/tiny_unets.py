@@ -12,7 +12,7 @@ import zoo
 from stageprune import StageSchedule
 from stageprune.core.calibration import calibrate
 from stageprune.core.groups import family_of
-from stageprune.core.host import Conditions, SamplerState
+from stageprune.core.host import Conditions, InputSize, SamplerState
 from stageprune.core.hosts.diffusers import reader_for
 from stageprune.core.pruning import prune
 from stageprune.core.runtime import StagePruner
@@ -36,6 +36,7 @@ class UNetHost:
 
     denoiser: nn.Module
     component: str = "unet"
+    input_size: InputSize | None = None
 
     @property
     def tau_reader(self):

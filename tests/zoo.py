@@ -140,17 +140,19 @@ def prompts_for(pipe: Any) -> list[int] | list[str]:
     return LABELS if isinstance(pipe, DiTPipeline) else PROMPTS
 
 
-def generate(pipe: Any, guidance: float, output: str = "latent", steps: int = 4) -> Tensor:
+def generate(
+    pipe: Any, guidance: float, output: str = "latent", steps: int = 4, size: int | tuple[int, int] | None = None
+) -> Tensor:
     """What `pipe(...)` itself gives for `prompts_for` and fixed seeds. Class-conditional pipelines only give images."""
     prompts = prompts_for(pipe)
-    inputs = DiffusersHost(pipe).adapter.call_arguments(pipe, prompts, guidance)
+    inputs = DiffusersHost(pipe, size).adapter.call_arguments(pipe, prompts, guidance)
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     return pipe(**inputs, num_inference_steps=steps, generator=seeds, output_type=output).images
 
 
-def drive(pipe: Any, guidance: float, steps: int = 4) -> Tensor:
+def drive(pipe: Any, guidance: float, steps: int = 4, size: int | tuple[int, int] | None = None) -> Tensor:
     """Final latents of the same through the host."""
-    host, prompts = DiffusersHost(pipe), prompts_for(pipe)
+    host, prompts = DiffusersHost(pipe, size), prompts_for(pipe)
     return sample(host, host.encode(prompts), range(len(prompts)), steps, guidance)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from .. import progress
 from ..environment import device_name
 from ..groups import family_of
-from ..host import TauReader
+from ..host import InputSize, TauReader
 from ..pruning import Bank
 from ..runtime import StagePruner, resident_bytes
 from ..schedule import StageSchedule
@@ -101,6 +101,7 @@ def benchmark(
     batch: int = 4,
     rounds: int = 5,
     warmup: int = 1,
+    size: InputSize | None = None,
 ) -> Benchmark:
     """Time the forwards of a bank's levels, each round running all of them in turn.
 
@@ -112,13 +113,14 @@ def benchmark(
         batch: samples of a forward.
         rounds: measured rounds.
         warmup: rounds that are not counted.
+        size: of the calls; the family's default by default.
     """
     chosen = sorted({0.0, *(sparsities if sparsities is not None else bank.sparsities)})
-    inputs = family_of(denoiser).example_inputs(denoiser, batch=batch)
+    inputs = family_of(denoiser).example_inputs(denoiser, batch=batch, size=size)
     dense_bytes = resident_bytes(denoiser)
     alone = {sparsity: _bytes_alone(denoiser, bank, read_tau, sparsity) for sparsity in chosen}
     variants = [(bank.level_of(sparsity), 0) for sparsity in chosen]
-    pruner = StagePruner(denoiser, bank, StageSchedule.uniform(0.0), read_tau, variants=variants)
+    pruner = StagePruner(denoiser, bank, StageSchedule.uniform(0.0), read_tau, variants, size=size)
     try:
         all_bytes = resident_bytes(denoiser)
         macs = bank.macs(pruner.cost)

@@ -96,7 +96,7 @@ def benchmark_image(
     ends = [*stage_starts(schedule, taus, steps)[1:], len(taus)]
     conditions, device = host.encode(prompts), next(host.denoiser.parameters()).device
     variants = [*bank.bind(dense), *bank.bind(schedule)]
-    pruner = StagePruner(host.denoiser, bank, schedule, host.tau_reader, variants=variants)
+    pruner = StagePruner(host.denoiser, bank, schedule, host.tau_reader, variants, size=host.input_size)
     times: dict[str, list[list[float]]] = {"dense": [], "pruned": []}
 
     def run(chosen: StageSchedule) -> list[float]:

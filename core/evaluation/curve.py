@@ -62,7 +62,7 @@ def error_curve(job: Job, bundle: Bundle, runs: Sequence[Run]) -> tuple[CurvePoi
 
 def _curve_variants(job: Job, bundle: Bundle, steps: int) -> list[Variant]:
     """Every level everywhere, and for each the dense run of nearest cost."""
-    cost = measure_cost(job.host.denoiser)
+    cost = measure_cost(job.host.denoiser, size=job.host.input_size)
     uniform = [uniform_variant(bundle, cost, sparsity, steps) for sparsity in bundle.bank.sparsities[1:]]
     counts = sorted({max(1, round(steps * variant.macs_share)) for variant in uniform} - {steps})
     return [*uniform, *(fewer_steps(job.host, fewer, steps) for fewer in counts)]

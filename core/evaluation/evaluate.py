@@ -141,7 +141,7 @@ def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers:
 def _summary(host: Host, bundle: Bundle, steps: int) -> StageSummary:
     """Sparsity and memory as enabling this bundle gives them: the schedule's own levels only."""
     assert bundle.schedule is not None
-    pruner = StagePruner(host.denoiser, bundle.bank, bundle.schedule, host.tau_reader)
+    pruner = StagePruner(host.denoiser, bundle.bank, bundle.schedule, host.tau_reader, size=host.input_size)
     try:
         return summarise(pruner, host.taus(steps), steps)
     finally:
@@ -169,6 +169,8 @@ def _pictures(
 def _environment(job: Job, bundle: Bundle, steps: int, judge: Judge | None) -> dict[str, Any]:
     described = job.host.describe()
     facts = {key: described[key] for key in ("model", "pipeline", "component", "scheduler") if described.get(key)}
+    if described.get("size"):
+        facts["size"] = "{} x {} pixels".format(*described["size"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts |= {
         "samples": len(job.seeds),

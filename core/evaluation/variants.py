@@ -44,7 +44,7 @@ def make_variants(host: Host, bundle: Bundle, steps: int) -> list[Variant]:
         steps: sampling steps of all variants but `fewer steps`, which is left out if `steps` is 1.
     """
     assert bundle.schedule is not None
-    cost = measure_cost(host.denoiser)
+    cost = measure_cost(host.denoiser, size=host.input_size)
     bank, taus = bundle.bank, host.taus(steps)
     share = executed_cost(bundle.schedule, taus, bank.macs(cost)).share
     level = nearest_level(bank, cost, share)
@@ -95,16 +95,17 @@ def nearest_level(bank: Bank, cost: DenoiserCost, share: float) -> float:
 
 
 def _magnitude_bank(host: Host, bank: Bank, level: float) -> Bank:
-    """Magnitude pruning with the kept counts of `bank`, trimmed to one level.
+    """Magnitude pruning with the kept counts of `bank` at one level.
 
-    Kept counts at a level depend on the lower levels (they never rise), so these are asked for too, then dropped.
+    They are not chosen anew: the bank may have been made for another size, at which MACs are shared out otherwise.
     """
-    made = prune(
+    chosen = bank.level_of(level)
+    return prune(
         host,
         None,
         method="magnitude",
-        levels=[sparsity for sparsity in bank.sparsities if sparsity <= level],
+        levels=[level],
         kinds=sorted({group.kind for group in bank.groups}),
         multiple=bank.provenance.get("multiple", 64),
+        kept={name: (counts[0], counts[chosen]) for name, counts in bank.kept.items()},
     )
-    return Bundle(made, StageSchedule.uniform(level)).trimmed().bank

@@ -1,5 +1,6 @@
 """Groups of prunable units: what they are, which a denoiser has, what they cost, and the slice == mask check."""
 
+from ..host import InputSize
 from . import families as _families  # noqa: F401  (registers the built-in families)
 from .check import GroupCheck, check_slice_equals_mask
 from .cost import DenoiserCost, measure_cost
@@ -13,6 +14,7 @@ __all__ = [
     "Family",
     "Group",
     "GroupCheck",
+    "InputSize",
     "Rows",
     "Term",
     "UnitCost",

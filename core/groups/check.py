@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GroupError
+from ..host import InputSize
 from .group import Group, consumer_sites, kept_columns, width_groups
 from .layer import inputs_of, layer_at
 from .registry import family_of, find_groups
@@ -37,7 +38,7 @@ def check_slice_equals_mask(
     inputs: dict[str, Any] | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
-    size: tuple[int, int] | None = None,
+    size: InputSize | None = None,
 ) -> list[GroupCheck]:
     """Check every group of `denoiser` with a random half of its units kept; the weights are left as they were.
 
@@ -47,7 +48,7 @@ def check_slice_equals_mask(
         inputs: keyword arguments of a forward; the family's example by default.
         seed: of the choice of units.
         tolerance: largest relative difference that passes.
-        size: latent height and width of the family's example; a small one is as good, and faster.
+        size: of the family's example; a small one is as good, and faster.
 
     Raises:
         GroupError: a group differs by more, naming it and the difference.

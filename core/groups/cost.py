@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..host import InputSize
 from .group import Group, width_groups
 from .registry import family_of, find_groups
 
@@ -54,20 +55,21 @@ class DenoiserCost:
 
 
 def measure_cost(
-    denoiser: nn.Module, groups: Sequence[Group] | None = None, size: tuple[int, int] | None = None
+    denoiser: nn.Module, groups: Sequence[Group] | None = None, size: InputSize | None = None
 ) -> DenoiserCost:
     """Count the MACs of a dense denoiser and split them over its groups.
 
     Args:
         denoiser: the dense denoiser; it may live on the meta device, no weight is read.
         groups: its groups; found by its family if not given.
-        size: latent height and width; by default the model's own, or that of its pipeline.
+        size: what a call is given; by default the model's own size, or that of its pipeline. `Host.input_size` is what
+            a host gives it.
 
     Raises:
         GroupError: the model cannot run at `size`.
 
     Example:
-        >>> measure_cost(pipe.transformer, size=(64, 64)).dense
+        >>> measure_cost(pipe.transformer, size=InputSize(64, 64)).dense
     """
     groups = find_groups(denoiser) if groups is None else groups
     tokens = family_of(denoiser).tokens(denoiser, size)
@@ -86,7 +88,7 @@ def measure_cost(
     return DenoiserCost(counts["Global"] // 2, units, sizes, overhead, members)
 
 
-def _count_flops(denoiser: nn.Module, size: tuple[int, int] | None) -> dict[str, int]:
+def _count_flops(denoiser: nn.Module, size: InputSize | None) -> dict[str, int]:
     """FLOPs of one forward of one sample by module name, run on the meta device."""
     state = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}

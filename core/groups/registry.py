@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from ..errors import GroupError
+from ..host import InputSize
 from .group import Group, check_groups
 
 
@@ -20,11 +21,11 @@ class Family(Protocol):
     def groups(self, denoiser: nn.Module) -> list[Group]:
         """All groups: heads and neurons block by block, whole blocks last."""
 
-    def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
-        """Tokens per stream for a latent of `size` (height, width); the model's own size by default."""
+    def tokens(self, denoiser: nn.Module, size: InputSize | None = None) -> Mapping[str, int]:
+        """Tokens per stream in a call of `size`; the model's own size by default, or that of its pipeline."""
 
     def example_inputs(
-        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: InputSize | None = None
     ) -> dict[str, Any]:
         """Keyword arguments of one forward on random input, on the denoiser's device and in its dtype.
 

@@ -38,6 +38,7 @@ def prune(
     multiple: int = 64,
     damping: float = 0.01,
     seed: int = 0,
+    kept: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Bank:
     """Make a bank of levels for the denoiser of `host`. The denoiser is not changed.
 
@@ -53,6 +54,8 @@ def prune(
         multiple: neurons are kept in multiples of this.
         damping: added to the diagonal of each Hessian, relative to its mean.
         seed: for methods that draw.
+        kept: units kept in each group at each level, for a bank to compare with another; by default what comes to
+            `levels` in MACs of a call of the host's size.
 
     Raises:
         BankError: an argument is out of range, or the method needs a calibration that is missing.
@@ -61,8 +64,8 @@ def prune(
     recipe = _check(host, calibration, method, order, consumers, damping)
     groups = select_groups(find_groups(host.denoiser), kinds)
     sparsities = check_sparsities(levels)
-    cost = measure_cost(host.denoiser)
-    counts = kept_counts(groups, cost, sparsities, multiple)
+    cost = measure_cost(host.denoiser, size=host.input_size)
+    counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
     started = time.perf_counter()
     solver = _Solver(host.denoiser, groups, recipe, calibration, damping, seed)
     orders: dict[str, Tensor] = {}
@@ -90,7 +93,7 @@ def prune(
         fingerprint=fingerprint_of(host.denoiser),
         consumer_shapes={path: tuple(layer_at(host.denoiser, path).weight.shape) for path in sites},
         provenance={
-            **{key: value for key, value in host.describe().items() if key in ("pipeline", "model")},
+            **{key: value for key, value in host.describe().items() if key in ("pipeline", "model", "size")},
             "realised": [round(realised_sparsity(counts, cost, level), 6) for level in range(len(sparsities))],
             "method": method,
             "damping": damping,

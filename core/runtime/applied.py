@@ -17,7 +17,7 @@ def applied(host: Host, bank: Bank) -> Iterator[StagePruner]:
     stages = range(bank.stages)
     every = [(level, stage) for level in range(len(bank.sparsities)) for stage in stages]
     dense = StageSchedule.from_levels([0.0] * bank.stages, bank.edges[1:-1])
-    pruner = StagePruner(host.denoiser, bank, dense, host.tau_reader, variants=every)
+    pruner = StagePruner(host.denoiser, bank, dense, host.tau_reader, variants=every, size=host.input_size)
     try:
         yield pruner
     finally:

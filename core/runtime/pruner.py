@@ -15,7 +15,7 @@ from ..errors import StagePruneError
 from ..groups import Group, consumer_sites, measure_cost
 from ..groups.group import kept_columns
 from ..groups.layer import inputs_of, layer_at, norm_at
-from ..host import TauReader
+from ..host import InputSize, TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
 from .memory import resident_bytes
@@ -58,6 +58,7 @@ class StagePruner:
             are copied at a switch. The device never holds more than the dense model then.
         trim: move the dense weights that no stage of the schedule uses to host memory until the pruner is detached. By
             default only on an accelerator: on the CPU it would save nothing.
+        size: what the denoiser is called with, for counting MACs; the family's default by default.
 
     Raises:
         BankError, ScheduleError: bank or schedule do not fit. Nothing has been changed then.
@@ -73,6 +74,7 @@ class StagePruner:
         variants: Sequence[Variant] | None = None,
         resident: Resident = "all",
         trim: bool | None = None,
+        size: InputSize | None = None,
     ) -> None:
         if resident not in ("all", "active"):
             raise StagePruneError(f"`resident` must be 'all' or 'active', got {resident!r}.")
@@ -84,7 +86,8 @@ class StagePruner:
         self.denoiser = denoiser
         self.bank = bank
         self.read_tau = read_tau
-        self.cost = measure_cost(denoiser)
+        self.size = size
+        self.cost = measure_cost(denoiser, size=size)
         self.dense_bytes = resident_bytes(denoiser)
         self.dense_parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         self.switches = 0

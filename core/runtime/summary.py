@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..groups import DenoiserCost
 from ..groups.layer import inputs_of, layer_at, norm_at, outputs_of, taps_of
+from ..host import InputSize
 from ..pruning import Bank, realised_sparsity
 from ..schedule import ExecutedCost, executed_cost
 from .memory import resident_bytes
@@ -58,6 +60,7 @@ class StageSummary:
         added_bytes: the part of those that stage pruning added (consumers of the levels, gather buffers, orders).
         executed: cost over a sampler's steps, if the summary was asked for some.
         steps: those steps.
+        size: what the denoiser is called with in these figures; None is the family's default.
     """
 
     stages: tuple[StageRow, ...]
@@ -68,6 +71,7 @@ class StageSummary:
     added_bytes: int
     executed: ExecutedCost | None = None
     steps: int | None = None
+    size: InputSize | None = None
 
     @property
     def prunes_channels(self) -> bool:
@@ -75,7 +79,8 @@ class StageSummary:
         return any(row.channels != "0/0" for row in self.stages)
 
     def __str__(self) -> str:
-        lines = ["Stage pruning (noisiest stage first; MACs of one sample's forward)"]
+        size = self.size or "the model's default size"
+        lines = [f"Stage pruning (noisiest stage first; MACs of one sample's forward at {size})"]
         shown = [column for column in _COLUMNS if column[0] != "channels" or self.prunes_channels]
         lines.append("  ".join(f"{name:>{width}}" for name, width, _ in shown))
         for index, row in enumerate(self.stages):
@@ -94,15 +99,22 @@ class StageSummary:
         return "\n".join(lines)
 
 
-def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: int | None = None) -> StageSummary:
+def summarise(
+    pruner: StagePruner,
+    taus: Sequence[float] | None = None,
+    steps: int | None = None,
+    at: tuple[DenoiserCost, InputSize | None] | None = None,
+) -> StageSummary:
     """Summary of an enabled pruner.
 
     Args:
         pruner: the pruner.
         taus: noise levels of a sampler's calls, to add the executed cost.
         steps: the steps that `taus` belongs to.
+        at: the dense cost at another size, and that size; those that the pruner was given by default.
     """
-    bank, schedule, cost = pruner.bank, pruner.schedule, pruner.cost
+    bank, schedule = pruner.bank, pruner.schedule
+    cost, size = at or (pruner.cost, pruner.size)
     macs = bank.macs(cost)
     dense = pruner.dense_parameters
     rows = []
@@ -130,6 +142,7 @@ def summarise(pruner: StagePruner, taus: Sequence[float] | None = None, steps: i
         added_bytes=resident_bytes(pruner.denoiser, added_only=True),
         executed=executed_cost(schedule, taus, macs) if taus is not None else None,
         steps=steps,
+        size=size,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import GroupError
+from ...host import InputSize
 from ..group import Attribute, Cols, Group, Rows, UnitCost
 from ..registry import register_family
 from .inputs import Draw, patch_grid
@@ -31,31 +32,35 @@ class DiT:
         paths = tuple(f"transformer_blocks.{i}" for i in range(len(blocks)))
         return [*groups, Group(name="blocks", kind="block", size=len(blocks), width=0, blocks=paths)]
 
-    def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
+    def tokens(self, denoiser: nn.Module, size: InputSize | None = None) -> Mapping[str, int]:
         """One stream, `image`: a token a patch."""
         config: Any = denoiser.config
-        rows, columns = patch_grid(_own_size(denoiser, size), config.patch_size)
+        own = _own_size(denoiser, size)
+        rows, columns = patch_grid(own, own, config.patch_size)
         return {"image": rows * columns}
 
     def example_inputs(
-        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: InputSize | None = None
     ) -> dict[str, Any]:
         """Random latents at random timesteps with random class labels."""
         config: Any = denoiser.config
-        draw = Draw(denoiser, batch, seed)
+        draw, own = Draw(denoiser, batch, seed), _own_size(denoiser, size)
         return {
-            "hidden_states": draw.normal(config.in_channels, *_own_size(denoiser, size)),
+            "hidden_states": draw.normal(config.in_channels, own, own),
             "timestep": draw.integers(1000),
             "class_labels": draw.integers(config.num_embeds_ada_norm),
         }
 
 
-def _own_size(denoiser: nn.Module, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The only size that the model is trained for; GroupError for another."""
-    own: Any = denoiser.config.sample_size  # type: ignore[union-attr]
-    if size is not None and tuple(size) != (own, own):
-        raise GroupError(f"`size` must be {own} x {own}, the one that this DiT is made for; got {size}.")
-    return own, own
+def _own_size(denoiser: nn.Module, size: InputSize | None) -> int:
+    """The side of the only size that the model is trained for; GroupError for another."""
+    config: Any = denoiser.config
+    own: int = config.sample_size
+    if size is not None and (size.height, size.width) != (own, own):
+        raise GroupError(
+            f"`size` must be {own} x {own}, the one that this DiT is made for; got {size.height} x {size.width}."
+        )
+    return own
 
 
 def _heads(index: int, block: Any) -> Group:

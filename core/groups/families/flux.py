@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...host import InputSize
 from ..group import Cols, Group, Rows, UnitCost
 from ..registry import register_family
-from .inputs import Draw, patch_grid
+from .inputs import Draw, full_size, patch_grid
 from .mmdit import PROJECTIONS, Side, heads, neurons, side, token_streams, whole_blocks
 
-TEXT_TOKENS = 512
-"""Text tokens of the pipeline's default. The configuration does not hold them."""
-
-LATENT_SIZE = (128, 128)
-"""Latent height and width of the pipeline's default, 1024 x 1024 pixels. The configuration does not hold them."""
+DEFAULT = (128, 128, 512)
+"""Latent height and width (1024 pixels) and text tokens of the pipeline's default. The configuration has none."""
 
 PACKED = 2
 """The pipeline packs 2 x 2 pixels of the latent into a token, before the model sees them."""
@@ -48,28 +46,34 @@ class Flux:
         paths = [f"transformer_blocks.{i}" for i in range(len(double))]
         return [*groups, whole_blocks([*paths, *(f"single_transformer_blocks.{i}" for i in range(len(single)))])]
 
-    def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
-        """A token for 2 x 2 pixels of the latent (by default 128 x 128), and the text of the default length."""
-        rows, columns = patch_grid(size or LATENT_SIZE, PACKED)
-        return token_streams(rows * columns, TEXT_TOKENS)
+    def tokens(self, denoiser: nn.Module, size: InputSize | None = None) -> Mapping[str, int]:
+        """A token for 2 x 2 pixels of the latent, and the text; by default 128 x 128 and 512."""
+        rows, columns, text = _grid(size)
+        return token_streams(rows * columns, text)
 
     def example_inputs(
-        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: InputSize | None = None
     ) -> dict[str, Any]:
         """Random packed latents at random timesteps (0 to 1) with random text."""
         config: Any = denoiser.config
         draw = Draw(denoiser, batch, seed)
-        rows, columns = patch_grid(size or LATENT_SIZE, PACKED)
+        rows, columns, text = _grid(size)
         places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(draw.like)
         inputs = {
             "hidden_states": draw.normal(rows * columns, config.in_channels),
             "timestep": draw.uniform(),
-            "encoder_hidden_states": draw.normal(TEXT_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states": draw.normal(text, config.joint_attention_dim),
             "pooled_projections": draw.normal(config.pooled_projection_dim),
             "img_ids": places,
-            "txt_ids": places.new_zeros(TEXT_TOKENS, 3),
+            "txt_ids": places.new_zeros(text, 3),
         }
         return {**inputs, "guidance": 3.5 * torch.ones_like(inputs["timestep"])} if config.guidance_embeds else inputs
+
+
+def _grid(size: InputSize | None) -> tuple[int, int, int]:
+    """Rows and columns of image tokens, and text tokens."""
+    height, width, text = full_size(size, DEFAULT)
+    return (*patch_grid(height, width, PACKED), text)
 
 
 def _double(index: int, block: Any) -> list[Group]:

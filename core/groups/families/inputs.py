@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GroupError
+from ...host import InputSize
 
 
 class Draw:
@@ -36,18 +37,30 @@ class Draw:
         return torch.randint(0, high, (self.batch,), generator=self.generator).to(self.like.device)
 
 
-def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches in a latent. GroupError if `size` is no multiple of the patch.
+def full_size(size: InputSize | None, default: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Latent height and width and text tokens: what `size` leaves open is taken from `default`.
+
+    Example:
+        >>> full_size(InputSize(64, 48), default=(128, 128, 512))
+        (64, 48, 512)
+    """
+    if size is None:
+        return default
+    return size.height, size.width, default[2] if size.text is None else size.text
+
+
+def patch_grid(height: int, width: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches in a latent. GroupError if a side is no multiple of the patch.
 
     Args:
-        size: latent height and width.
+        height: of the latent.
+        width: of the latent.
         patch: side of a patch.
 
     Example:
-        >>> patch_grid((128, 96), 2)
+        >>> patch_grid(128, 96, 2)
         (64, 48)
     """
-    height, width = size
-    if min(size) < 1 or height % patch or width % patch:
+    if min(height, width) < 1 or height % patch or width % patch:
         raise GroupError(f"`size` must be multiples of {patch} (latent height and width), got {height} x {width}.")
     return height // patch, width // patch

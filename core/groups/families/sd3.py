@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from ...errors import GroupError
+from ...host import InputSize
 from ..group import Group
 from ..registry import register_family
-from .inputs import Draw, patch_grid
+from .inputs import Draw, full_size, patch_grid
 from .mmdit import heads, neurons, side, token_streams, whole_blocks
 
 TEXT_TOKENS = 77 + 256
@@ -38,22 +39,22 @@ class SD3:
         groups = [group for i, block in enumerate(blocks) for group in _block(i, block)]
         return [*groups, whole_blocks([f"transformer_blocks.{i}" for i in range(len(blocks))])]
 
-    def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
-        """A token a patch, and the text of the pipeline's default length."""
-        rows, columns = _grid(denoiser, size)
-        return token_streams(rows * columns, TEXT_TOKENS)
+    def tokens(self, denoiser: nn.Module, size: InputSize | None = None) -> Mapping[str, int]:
+        """A token a patch, and the text; by default what the pipeline gives."""
+        rows, columns, text = _grid(denoiser, size)
+        return token_streams(rows * columns, text)
 
     def example_inputs(
-        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: InputSize | None = None
     ) -> dict[str, Any]:
         """Random latents at random timesteps with random text."""
         config: Any = denoiser.config
         draw = Draw(denoiser, batch, seed)
-        rows, columns = _grid(denoiser, size)
+        rows, columns, text = _grid(denoiser, size)
         return {
             "hidden_states": draw.normal(config.in_channels, rows * config.patch_size, columns * config.patch_size),
             "timestep": draw.integers(1000),
-            "encoder_hidden_states": draw.normal(TEXT_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states": draw.normal(text, config.joint_attention_dim),
             "pooled_projections": draw.normal(config.pooled_projection_dim),
         }
 
@@ -79,14 +80,15 @@ def _fused(attention: Any) -> bool:
     return "Fused" in type(attention.processor).__name__
 
 
-def _grid(denoiser: nn.Module, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of patches. The position table bounds them."""
+def _grid(denoiser: nn.Module, size: InputSize | None) -> tuple[int, int, int]:
+    """Rows and columns of patches, which the position table bounds, and text tokens."""
     config: Any = denoiser.config
-    rows, columns = patch_grid(size or (config.sample_size, config.sample_size), config.patch_size)
+    height, width, text = full_size(size, (config.sample_size, config.sample_size, TEXT_TOKENS))
+    rows, columns = patch_grid(height, width, config.patch_size)
     largest = config.pos_embed_max_size
     if max(rows, columns) > largest:
         raise GroupError(
             f"`size` must be at most {largest * config.patch_size} a side for this SD3Transformer2DModel "
-            f"(pos_embed_max_size {largest} x patch_size {config.patch_size}), got {size}."
+            f"(pos_embed_max_size {largest} x patch_size {config.patch_size}), got {height} x {width}."
         )
-    return rows, columns
+    return rows, columns, text

@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from ...errors import GroupError
+from ...host import InputSize
 from ..group import Attribute, Cols, Group, Rows, UnitCost
 from ..registry import register_family
-from .inputs import Draw
+from .inputs import Draw, full_size
 
 TEXT_TOKENS = 77
 """Length of a CLIP prompt. The configuration does not hold it."""
@@ -57,11 +58,12 @@ class UNet:
             groups.append(Group(name="blocks", kind="block", size=len(blocks), width=0, blocks=tuple(blocks)))
         return groups
 
-    def tokens(self, denoiser: nn.Module, size: tuple[int, int] | None = None) -> Mapping[str, int]:
+    def tokens(self, denoiser: nn.Module, size: InputSize | None = None) -> Mapping[str, int]:
         """Streams `level0` (latent resolution), `level1` (after the first downsampler), ..., and `text`."""
         unet: Any = denoiser
-        height, width = (_convolved(unet.conv_in, side) for side in size or _sample_size(denoiser))
-        tokens = {"text": TEXT_TOKENS}
+        *sides, text = _full_size(denoiser, size)
+        height, width = (_convolved(unet.conv_in, side) for side in sides)
+        tokens = {"text": text}
         for index, block in enumerate(unet.down_blocks):
             tokens[f"level{index}"] = height * width
             for sampler in block.downsamplers or ():
@@ -69,15 +71,16 @@ class UNet:
         return tokens
 
     def example_inputs(
-        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: tuple[int, int] | None = None
+        self, denoiser: nn.Module, batch: int = 1, seed: int = 0, size: InputSize | None = None
     ) -> dict[str, Any]:
         """Random latents, timesteps and text, with whatever else the configuration asks for."""
         config: Any = denoiser.config
         draw = Draw(denoiser, batch, seed)
+        height, width, text = _full_size(denoiser, size)
         inputs = {
-            "sample": draw.normal(config.in_channels, *(size or _sample_size(denoiser))),
+            "sample": draw.normal(config.in_channels, height, width),
             "timestep": draw.integers(1000),
-            "encoder_hidden_states": draw.normal(TEXT_TOKENS, _text_width(config)),
+            "encoder_hidden_states": draw.normal(text, _text_width(config)),
         }
         if config.time_cond_proj_dim is not None:
             inputs["timestep_cond"] = draw.normal(config.time_cond_proj_dim)
@@ -208,14 +211,18 @@ def _channels(path: str, resnet: Any, stream: str) -> Group:
     )
 
 
-def _sample_size(denoiser: nn.Module) -> tuple[int, int]:
-    size: Any = denoiser.config.sample_size  # type: ignore[union-attr]
-    if size is None:
+def _full_size(denoiser: nn.Module, size: InputSize | None) -> tuple[int, int, int]:
+    """Height, width and text tokens: by default those of the configuration, and CLIP's."""
+    if size is not None:
+        return full_size(size, (0, 0, TEXT_TOKENS))
+    own: Any = denoiser.config.sample_size  # type: ignore[union-attr]
+    if own is None:
         raise GroupError(
             "the UNet's configuration has no `sample_size`; set it with "
             "denoiser.register_to_config(sample_size=...) to the latent's height and width."
         )
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    height, width = (own, own) if isinstance(own, int) else own
+    return int(height), int(width), TEXT_TOKENS
 
 
 def _convolved(conv: Any, side: int) -> int:

@@ -2,6 +2,7 @@
 
 from .attach import attach, detach
 from .host import DiffusersHost, find_denoiser
+from .pipelines import Size
 from .timesteps import reader_for
 
-__all__ = ["DiffusersHost", "attach", "detach", "find_denoiser", "reader_for"]
+__all__ = ["DiffusersHost", "Size", "attach", "detach", "find_denoiser", "reader_for"]

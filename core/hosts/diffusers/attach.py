@@ -9,13 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...bundle import Bundle, load_bundle
 from ...errors import ScheduleError, StagePruneError
+from ...groups import measure_cost
 from ...runtime import Resident, StagePruner, StageSummary, known_bank, pruner_of, remember_bank, summarise
 from ...schedule import StageSchedule
 from .host import DiffusersHost, find_denoiser
+from .pipelines import Size
 from .timesteps import reader_for
 
 logger = logging.getLogger(__name__)
@@ -63,8 +66,10 @@ def enable_stage_pruning(
                 "bank is known now."
             )
         bank, schedule = bundle.bank, bundle.schedule
-    train_timesteps = 1000 if isinstance(target, nn.Module) else target.scheduler.config.num_train_timesteps
-    return StagePruner(denoiser, bank, schedule, reader_for(denoiser, train_timesteps), resident=resident)
+    if isinstance(target, nn.Module):
+        return StagePruner(denoiser, bank, schedule, reader_for(denoiser), resident=resident)
+    host = DiffusersHost(target)
+    return StagePruner(denoiser, bank, schedule, host.tau_reader, resident=resident, size=host.input_size)
 
 
 def disable_stage_pruning(target: Any) -> None:
@@ -81,19 +86,35 @@ def is_stage_pruning_enabled(target: Any) -> bool:
     return pruner_of(_denoiser(target)) is not None
 
 
-def stage_pruning_summary(target: Any, steps: int | None = None) -> StageSummary:
+def stage_pruning_summary(target: Any, steps: int | None = None, size: Size | None = None) -> StageSummary:
     """Stages, levels, parameters, MACs and memory, requested and realised.
 
     Args:
         target: a pipeline or its denoiser, with stage pruning enabled.
         steps: also show what a run of so many steps executes (pipelines only).
+        size: of the images in pixels, a side or (height, width) (pipelines only); by default MACs are those of the size
+            that the pipeline makes by itself.
     """
     pruner = pruner_of(_denoiser(target))
     if pruner is None:
         raise StagePruneError("stage pruning is not enabled; call enable_stage_pruning() first.")
-    if steps is None or isinstance(target, nn.Module):
+    if isinstance(target, nn.Module):
+        if size is not None:
+            raise StagePruneError("`size` is in pixels of the image: pass the pipeline, not its denoiser alone.")
         return summarise(pruner)
-    return summarise(pruner, DiffusersHost(target).taus(steps), steps)
+    host = DiffusersHost(target, size)
+    taus = None if steps is None else host.taus(steps)
+    if size is None:
+        return summarise(pruner, taus, steps)
+    cost = measure_cost(_dense_twin(host.denoiser), size=host.input_size)
+    return summarise(pruner, taus, steps, at=(cost, host.input_size))
+
+
+def _dense_twin(denoiser: Any) -> nn.Module:
+    """The denoiser as its configuration makes it, without weights."""
+    with torch.device("meta"):
+        twin: nn.Module = type(denoiser).from_config(denoiser.config)
+    return twin
 
 
 METHODS = (enable_stage_pruning, disable_stage_pruning, is_stage_pruning_enabled, stage_pruning_summary)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import StagePruneError
 from ...groups import family_of
-from ...host import TauReader
+from ...host import InputSize, TauReader
 from .timesteps import reader_for
 
 
@@ -19,10 +19,12 @@ class DenoiserHost:
 
     Args:
         denoiser: a denoiser of a supported family.
+        input_size: what it is to be called with, for counting MACs; the family's default by default.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, input_size: InputSize | None = None) -> None:
         family_of(denoiser)
+        self.input_size = input_size
         self._denoiser = denoiser
         self.component = "unet" if "UNet" in type(denoiser).__name__ else "transformer"
 

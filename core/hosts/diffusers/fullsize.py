@@ -11,6 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from ...host import InputSize
 from ...pruning import Bank, prune
 from .bare import DenoiserHost
 
@@ -91,6 +92,8 @@ FULL_SIZE: dict[str, Architecture] = {
 }
 
 
-def random_bank(denoiser: nn.Module, levels: Sequence[float], multiple: int = 64) -> Bank:
+def random_bank(
+    denoiser: nn.Module, levels: Sequence[float], multiple: int = 64, size: InputSize | None = None
+) -> Bank:
     """A bank with a random order: for speed and memory, which do not depend on which units go."""
-    return prune(DenoiserHost(denoiser), method="random", levels=levels, multiple=multiple)
+    return prune(DenoiserHost(denoiser, size), method="random", levels=levels, multiple=multiple)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import StagePruneError
 from ...groups import families
-from ...host import Conditions, Prompt, SamplerState, TauReader
-from .pipelines import PipelineAdapter, Sampler, adapter_for
+from ...host import Conditions, InputSize, Prompt, SamplerState, TauReader
+from .pipelines import PipelineAdapter, Sampler, Size, adapter_for, as_pixels, find_adapter
 from .timesteps import TimestepReader, reader_for
 
 ENCODED_TOGETHER = 32
@@ -27,6 +27,10 @@ class DiffusersHost:
 
     Args:
         pipe: a `DiffusionPipeline` whose denoiser's family is supported.
+        size: of the images, in pixels: a side, or (height, width). None is what the pipeline makes by itself.
+
+    Raises:
+        StagePruneError: no supported denoiser, or images of this size cannot be made.
 
     Example:
         >>> host = DiffusersHost(DiTPipeline.from_pretrained("demo/dit-digits"))
@@ -34,9 +38,12 @@ class DiffusersHost:
         >>> images = host.decode(latents)
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, size: Size | None = None) -> None:
         self.pipe = pipe
         self.component, self._denoiser = find_denoiser(pipe)
+        self.size = None if size is None else as_pixels(size)
+        if self.size is not None:
+            self.adapter.check_size(pipe)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -46,7 +53,7 @@ class DiffusersHost:
     @property
     def adapter(self) -> PipelineAdapter:
         """How this pipeline class is driven."""
-        return adapter_for(self.pipe)
+        return adapter_for(self.pipe, self.size)
 
     @property
     def tau_reader(self) -> TauReader:
@@ -56,6 +63,12 @@ class DiffusersHost:
     @property
     def _reader(self) -> TimestepReader:
         return reader_for(self._denoiser, self.pipe.scheduler.config.num_train_timesteps)
+
+    @property
+    def input_size(self) -> InputSize | None:
+        """What the pipeline gives the denoiser; None for a pipeline that has no adapter."""
+        adapter = find_adapter(self.pipe, self.size)
+        return None if adapter is None else adapter.input_size(self.pipe)
 
     def taus(self, steps: int) -> list[float]:
         """Noise level of every entry of the scheduler's timesteps. Solvers that call twice a step list both; guidance
@@ -110,14 +123,15 @@ class DiffusersHost:
         return self.adapter.decode(self.pipe, latents).float().cpu()
 
     def describe(self) -> dict[str, Any]:
-        """Model, component, scheduler and versions. Local folders are named by their last part only."""
+        """Model, component, size in pixels, scheduler and versions. Local folders are named by their last part only."""
         name = str(getattr(self.pipe.config, "_name_or_path", "") or "")
-        scheduler = self.pipe.scheduler
+        scheduler, adapter = self.pipe.scheduler, find_adapter(self.pipe, self.size)
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "pipeline": type(self.pipe).__name__,
             "model": Path(name).name if Path(name).exists() else name,
             "component": self.component,
+            "size": None if adapter is None else list(adapter.pixels(self.pipe)),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": {key: value for key, value in sorted(config.items()) if _is_plain(value)},
             "dtype": str(next(self._denoiser.parameters()).dtype).removeprefix("torch."),

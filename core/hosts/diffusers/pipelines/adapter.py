@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ....errors import StagePruneError
-from ....host import Conditions, Prompt
+from ....host import Conditions, InputSize, Prompt
+from .size import Pixels
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,17 @@ class Sampler:
 
 
 class PipelineAdapter(ABC):
-    """What a pipeline class needs to be driven step by step."""
+    """What a pipeline class needs to be driven step by step.
+
+    Args:
+        size: of the images, in pixels; None is what the pipeline makes by itself.
+    """
 
     pipelines: tuple[str, ...]
     """Names of the classes that it drives."""
+
+    def __init__(self, size: Pixels | None = None) -> None:
+        self.size = size
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[Prompt]) -> Conditions:
@@ -66,11 +74,51 @@ class PipelineAdapter(ABC):
 
     @abstractmethod
     def call_arguments(self, pipe: Any, prompts: Sequence[Prompt], guidance: float) -> dict[str, Any]:
-        """How the pipeline's own `__call__` takes prompts and guidance."""
+        """How the pipeline's own `__call__` takes prompts and guidance, and the size if one was asked for."""
 
     @abstractmethod
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """Channels, height and width of one sample's noise, for the size that the pipeline makes by itself."""
+
+    @abstractmethod
+    def multiple(self, pipe: Any) -> int:
+        """What the sides of an image, in pixels, must be multiples of."""
+
+    def text_tokens(self, pipe: Any) -> int | None:
+        """Tokens of text that `encode` gives the denoiser; None if it takes none, or nobody can tell."""
+        return None
+
+    def scale(self, pipe: Any) -> int:
+        """Pixels of the image to one of the latent, along a side."""
+        return int(pipe.vae_scale_factor)
+
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        """Channels, height and width of one sample's noise."""
+        if self.size is None:
+            return self.own_shape(pipe)
+        channels, scale = self.own_shape(pipe)[0], self.scale(pipe)
+        return channels, self.size[0] // scale, self.size[1] // scale
+
+    def pixels(self, pipe: Any) -> Pixels:
+        """Height and width of the images."""
+        _, height, width = self.latent_shape(pipe)
+        return height * self.scale(pipe), width * self.scale(pipe)
+
+    def input_size(self, pipe: Any) -> InputSize:
+        """What the denoiser is given in each call."""
+        _, height, width = self.latent_shape(pipe)
+        return InputSize(height, width, self.text_tokens(pipe))
+
+    def check_size(self, pipe: Any) -> None:
+        """StagePruneError if the pipeline cannot make images of this size."""
+        if self.size is None or self.size == type(self)().pixels(pipe):
+            return
+        multiple = self.multiple(pipe)
+        if any(side < 1 or side % multiple for side in self.size):
+            raise StagePruneError(
+                f"`size` must be multiples of {multiple} pixels (height x width) for this {type(pipe).__name__}, "
+                f"got {self.size[0]} x {self.size[1]}."
+            )
 
     def set_timesteps(self, pipe: Any, scheduler: Any, steps: int) -> None:
         """Set `scheduler` to `steps` as the pipeline does."""
@@ -95,24 +143,31 @@ class PipelineAdapter(ABC):
         """Images in [0, 1], (batch, 3, height, width); no safety checker, no watermark."""
 
 
-_ADAPTERS: dict[str, PipelineAdapter] = {}
+_ADAPTERS: dict[str, type[PipelineAdapter]] = {}
 
 A = TypeVar("A", bound=type[PipelineAdapter])
 
 
 def register_pipeline(cls: A) -> A:
     """Class decorator: drive the pipelines that the class lists."""
-    adapter = cls()
-    for name in adapter.pipelines:
-        _ADAPTERS[name] = adapter
+    for name in cls.pipelines:
+        _ADAPTERS[name] = cls
     return cls
 
 
-def adapter_for(pipe: Any) -> PipelineAdapter:
-    """The adapter of a pipeline, searched along its class's bases."""
+def find_adapter(pipe: Any, size: Pixels | None = None) -> PipelineAdapter | None:
+    """The adapter of a pipeline, searched along its class's bases; None if there is none."""
     for cls in type(pipe).__mro__:
         if cls.__name__ in _ADAPTERS:
-            return _ADAPTERS[cls.__name__]
+            return _ADAPTERS[cls.__name__](size)
+    return None
+
+
+def adapter_for(pipe: Any, size: Pixels | None = None) -> PipelineAdapter:
+    """The adapter of a pipeline. StagePruneError lists the pipelines that have one."""
+    adapter = find_adapter(pipe, size)
+    if adapter is not None:
+        return adapter
     known = ", ".join(sorted(_ADAPTERS))
     raise StagePruneError(
         f"{type(pipe).__name__} cannot be calibrated or evaluated yet; supported pipelines: {known}. Enabling an "

@@ -51,10 +51,27 @@ class DiTAdapter(PipelineAdapter):
         labels = self.encode(pipe, prompts).tensors["class_labels"].tolist()
         return {"class_labels": labels, "guidance_scale": guidance}
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """Channels and side of the latents."""
         config = pipe.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
+
+    def scale(self, pipe: Any) -> int:
+        """DiTPipeline does not tell."""
+        return 8 if pipe.vae is None else 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+    def multiple(self, pipe: Any) -> int:
+        """There is one size only."""
+        return self.own_shape(pipe)[1] * self.scale(pipe)
+
+    def check_size(self, pipe: Any) -> None:
+        """The positions are those of one size."""
+        own = self.multiple(pipe)
+        if self.size not in (None, (own, own)):
+            height, width = self.size
+            raise StagePruneError(
+                f"`size` must be {own} x {own} pixels, the one that this DiT is made for; got {height} x {width}."
+            )
 
     def step(
         self, pipe: Any, sampler: Sampler, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float

@@ -44,14 +44,23 @@ class FluxAdapter(TextAdapter):
     def call_arguments(self, pipe: Any, prompts: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         """Texts as a list, and how much of them T5 reads; a negative prompt is what switches the second call on."""
         arguments = {"prompt": texts(pipe, prompts), "max_sequence_length": _text_length(pipe)}
+        arguments |= self.size_arguments()
         if pipe.transformer.config.guidance_embeds:
             return {**arguments, "guidance_scale": guidance}
         return {**arguments, "true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """Before packing, at the pipeline's own size; sides are even."""
         side = pipe.default_sample_size // 2 * 2
         return (pipe.transformer.config.in_channels // 4, side, side)
+
+    def multiple(self, pipe: Any) -> int:
+        """2 x 2 pixels of the latent make a token."""
+        return 2 * self.scale(pipe)
+
+    def text_tokens(self, pipe: Any) -> int | None:
+        """T5's; CLIP gives one vector, which is no token."""
+        return _text_length(pipe)
 
     def set_timesteps(self, pipe: Any, scheduler: Any, steps: int) -> None:
         """Even noise levels, shifted for the image's size."""
@@ -85,9 +94,8 @@ class FluxAdapter(TextAdapter):
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
         """Unpack, and decode with the pipeline's VAE."""
-        config, scale = pipe.vae.config, pipe.vae_scale_factor
-        _, height, width = self.latent_shape(pipe)
-        unpacked = pipe._unpack_latents(latents, height * scale, width * scale, scale)
+        config, (height, width) = pipe.vae.config, self.pixels(pipe)
+        unpacked = pipe._unpack_latents(latents, height, width, self.scale(pipe))
         return decoded(pipe, unpacked / config.scaling_factor + config.shift_factor)
 
     def _encode(self, pipe: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ....errors import StagePruneError
 from ....host import Conditions, Prompt
 from .adapter import Sampler, register_pipeline
 from .text import TextAdapter, decoded, guide, paired, texts
@@ -28,11 +30,24 @@ class StableDiffusionAdapter(TextAdapter):
         embeds, negative = pipe.encode_prompt(texts(pipe, prompts), pipe._execution_device, 1, True)
         return Conditions({"embeds": embeds, "negative_embeds": negative})
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """That of the UNet's own size."""
         size = pipe.unet.config.sample_size
+        if size is None:
+            raise StagePruneError(
+                "the UNet's configuration has no `sample_size`, so the pipeline has no size of its own; set it with "
+                "pipe.unet.register_to_config(sample_size=...) to the latent's height and width."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return (pipe.unet.config.in_channels, height, width)
+
+    def multiple(self, pipe: Any) -> int:
+        """The pipeline asks for 8, whatever its VAE."""
+        return math.lcm(8, self.scale(pipe))
+
+    def text_tokens(self, pipe: Any) -> int | None:
+        """Every text is padded to the tokenizer's length."""
+        return None if pipe.tokenizer is None else int(pipe.tokenizer.model_max_length)
 
     def first_latents(self, pipe: Any, scheduler: Any, noise: Tensor) -> Tensor:
         """Noise at the scheduler's scale."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....errors import StagePruneError
 from ....host import Conditions, Prompt
 from .adapter import Sampler, register_pipeline
 from .flow import shift_for
@@ -42,16 +43,34 @@ class StableDiffusion3Adapter(TextAdapter):
         """Texts as a list, and how much of them T5 reads."""
         return {**super().call_arguments(pipe, prompts, guidance), "max_sequence_length": _text_length(pipe)}
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """That of the pipeline's own size."""
         return (pipe.transformer.config.in_channels, pipe.default_sample_size, pipe.default_sample_size)
+
+    def multiple(self, pipe: Any) -> int:
+        """Patches of the transformer."""
+        return self.scale(pipe) * int(pipe.transformer.config.patch_size)
+
+    def text_tokens(self, pipe: Any) -> int | None:
+        """CLIP's, then T5's."""
+        return int(pipe.tokenizer_max_length) + _text_length(pipe)
+
+    def check_size(self, pipe: Any) -> None:
+        """The table of positions bounds it, too."""
+        super().check_size(pipe)
+        largest = pipe.transformer.config.pos_embed_max_size * self.multiple(pipe)
+        if self.size is not None and max(self.size) > largest:
+            raise StagePruneError(
+                f"`size` must be at most {largest} pixels a side for this {type(pipe).__name__} (its "
+                f"pos_embed_max_size), got {self.size[0]} x {self.size[1]}."
+            )
 
     def set_timesteps(self, pipe: Any, scheduler: Any, steps: int) -> None:
         """Shifted for the image's size where the scheduler is configured so."""
         options = {}
         if scheduler.config.get("use_dynamic_shifting", None):
-            side = pipe.default_sample_size // pipe.transformer.config.patch_size
-            options["mu"] = shift_for(scheduler, side * side, 1.16)
+            (_, height, width), patch = self.latent_shape(pipe), pipe.transformer.config.patch_size
+            options["mu"] = shift_for(scheduler, (height // patch) * (width // patch), 1.16)
         scheduler.set_timesteps(steps, device=pipe._execution_device, **options)
 
     def step(

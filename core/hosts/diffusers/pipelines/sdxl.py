@@ -39,9 +39,14 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         }
         return Conditions(tensors)
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def own_shape(self, pipe: Any) -> tuple[int, int, int]:
         """That of the pipeline's own size."""
         return (pipe.unet.config.in_channels, pipe.default_sample_size, pipe.default_sample_size)
+
+    def text_tokens(self, pipe: Any) -> int | None:
+        """That of either encoder: their texts lie side by side."""
+        tokenizer = pipe.tokenizer_2 or pipe.tokenizer
+        return None if tokenizer is None else int(tokenizer.model_max_length)
 
     def set_timesteps(self, pipe: Any, scheduler: Any, steps: int) -> None:
         """From the first timestep on, which a scheduler would otherwise look for by its value."""
@@ -50,8 +55,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
             scheduler.set_begin_index(0)
 
     def _time_ids(self, pipe: Any, pooled: Tensor) -> Tensor:
-        """Original size, crop and target size of an image as the pipeline makes it: whole, at its own size."""
-        size = (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+        """Original size, crop and target size of an image as the pipeline makes it: whole."""
+        size = self.pixels(pipe)
         second = pipe.text_encoder_2
         width = pooled.shape[-1] if second is None else second.config.projection_dim
         ids: Tensor = pipe._get_add_time_ids(

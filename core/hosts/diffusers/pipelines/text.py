@@ -23,7 +23,11 @@ class TextAdapter(PipelineAdapter):
 
     def call_arguments(self, pipe: Any, prompts: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         """Texts as a list."""
-        return {"prompt": texts(pipe, prompts), "guidance_scale": guidance}
+        return {"prompt": texts(pipe, prompts), "guidance_scale": guidance, **self.size_arguments()}
+
+    def size_arguments(self) -> dict[str, int]:
+        """The size, if one was asked for."""
+        return {} if self.size is None else {"height": self.size[0], "width": self.size[1]}
 
 
 def texts(pipe: Any, prompts: Sequence[Prompt]) -> list[str]:
