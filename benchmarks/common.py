@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the demo pipeline, its judge, and results as JSON with the machine beside them."""
+"""What the benchmark scripts share: a demo pipeline with its judge, and results as JSON beside their machine."""
 
 from __future__ import annotations
 
@@ -10,40 +10,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import stageprune
 from stageprune.core.api import host_for
+from stageprune.core.calibration import Calibration
+from stageprune.core.demo import RECIPES, load_demo
 from stageprune.core.environment import describe_environment
 from stageprune.core.evaluation.judge import Judge
 from stageprune.core.files import atomic_file
-from stageprune.core.host import Conditions, Host, sample
-from stageprune.core.hosts.diffusers.load import load_pipeline
+from stageprune.core.host import Host, Prompt, sample
+from stageprune.core.pruning import Bank
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DEMO = ROOT / "demo" / "dit-digits"
-LEVELS = (0.0, 0.1, 0.205, 0.335, 0.42, 0.51, 0.6, 0.7)  # 0.205, 0.335 and 0.51 execute 0.8, 0.67 and 0.5
-MULTIPLE = 16
-GUIDANCE = 1.5
+DEMOS = tuple(RECIPES)
+TARGETS = (0.8, 0.67, 0.5)
+"""Budgets: executed MACs over dense."""
 
 
-class Demo:
-    """The trained demo pipeline with its judge and a fixed assignment of labels to seeds."""
+class Subject:
+    """A trained demo pipeline with its judge and a fixed assignment of prompts to seeds.
 
-    def __init__(self) -> None:
-        self.pipe = load_pipeline(DEMO, "cpu")
+    Args:
+        name: of the demo.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.demo = load_demo(name)
+        self.name, self.recipe, self.pipe = name, self.demo.recipe, self.demo.pipe
         self.host: Host = host_for(self.pipe)
-        self.judge = Judge.load(DEMO / "judge").eval()
+        self.judge = Judge.load(self.demo.folder / "judge").eval()
 
-    def labels(self, count: int) -> list[int]:
-        """The ten digits in turn."""
-        return [index % 10 for index in range(count)]
+    def calibrate(self, prompts: int, steps: int = 20, stages: int = 1) -> Calibration:
+        """On captions that training has seen (or on all classes)."""
+        recipe = self.recipe
+        chosen = self.demo.prompts(prompts)
+        return stageprune.calibrate(
+            self.pipe, chosen, steps=steps, guidance=recipe.guidance, stages=stages, kinds=recipe.kinds
+        )
 
-    def conditions(self, count: int) -> Conditions:
-        """Encoded labels."""
-        return self.host.encode(self.labels(count))
+    def prune(self, calibration: Calibration | None, **options: Any) -> Bank:
+        """At the demo's levels."""
+        recipe = self.recipe
+        return stageprune.prune(
+            self.pipe, calibration, levels=recipe.levels, kinds=recipe.kinds, multiple=recipe.multiple, **options
+        )
 
-    def sample(self, seeds: Sequence[int], steps: int, batch_size: int = 50) -> Tensor:
-        """Final latents, one a seed."""
-        return sample(self.host, self.conditions(len(seeds)), seeds, steps, GUIDANCE, batch_size)
+    def allocate(self, bank: Bank, target: float, **options: Any) -> Any:
+        """With the demo's guidance."""
+        return stageprune.allocate(self.pipe, bank, target=target, guidance=self.recipe.guidance, **options)
+
+    def prompts(self, count: int, begin: int = 0) -> list[Prompt]:
+        """Prompts to judge with: held-out captions (or all classes), from number `begin` on."""
+        return self.demo.prompts(begin + count, held_out=True)[begin:]
+
+    def sample(self, seeds: Sequence[int], steps: int, begin: int = 0, batch_size: int = 50) -> Tensor:
+        """Final latents, one a seed, of the prompts from number `begin` on."""
+        conditions = self.host.encode(self.prompts(len(seeds), begin))
+        return sample(self.host, conditions, seeds, steps, self.recipe.guidance, batch_size)
 
     def images(self, latents: Tensor, batch_size: int = 100) -> Tensor:
         """Decoded images."""

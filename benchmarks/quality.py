@@ -1,6 +1,10 @@
-"""The demo pipeline at several budgets and step counts: the measured schedule beside everything that costs the same.
+"""A demo pipeline at several budgets and step counts: the measured schedule beside everything that costs the same.
 
-Prints the tables of docs/results.md and writes results/quality.json after every cell, from which it resumes.
+    python benchmarks/quality.py                  # all three demos
+    python benchmarks/quality.py flux-shapes --print
+
+Writes results/quality-<demo>.json after every cell, from which it resumes; write_docs.py makes the tables of
+docs/results.md of it.
 """
 
 from __future__ import annotations
@@ -9,20 +13,19 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import stageprune
-from common import GUIDANCE, LEVELS, MULTIPLE, RESULTS, Demo, mean_and_spread, write_results
+from common import DEMOS, RESULTS, TARGETS, Subject, mean_and_spread, write_results
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.planning.allocate import TOLERANCE
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied
 from stageprune.core.schedule import StageSchedule
 
-TARGETS = (0.8, 0.67, 0.5)
 STEPS = (20, 8, 4)
 REFERENCE_STEPS = 40
 FIRST_SEED = 100_000
@@ -31,30 +34,36 @@ FIRST_SEED = 100_000
 def main() -> None:
     """Run all cells that are not done yet, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sets", type=int, default=5, help="seed sets")
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    parser.add_argument("--sets", type=int, default=3, help="seed sets")
     parser.add_argument("--count", type=int, default=50, help="images a seed set")
     parser.add_argument("--print", action="store_true", help="only print the tables of earlier results")
     options = parser.parse_args()
-    path = RESULTS / "quality.json"
-    if options.print:
-        print(tables(json.loads(path.read_text())))
-        return
-    done = json.loads(path.read_text()) if path.exists() else {}
-    fresh = {"sets": options.sets, "count": options.count, "levels": list(LEVELS), "cells": {}}
-    same = all(done.get(key) == fresh[key] for key in ("sets", "count", "levels"))
-    data = done if same else fresh
-    Runner(Demo(), data).run()
-    print(tables(data))
+    for name in options.demos:
+        path = result_path(name)
+        done = json.loads(path.read_text()) if path.exists() else {}
+        if not options.print:
+            subject = Subject(name)
+            levels = list(subject.recipe.levels)
+            fresh = {"demo": name, "sets": options.sets, "count": options.count, "levels": levels, "cells": {}}
+            same = all(done.get(key) == fresh[key] for key in ("sets", "count", "levels"))
+            done = done if same else fresh
+            Runner(subject, done).run()
+        print(tables(done))
+
+
+def result_path(name: str) -> Path:
+    """Where the results of a demo lie."""
+    return RESULTS / f"quality-{name}.json"
 
 
 class Runner:
     """Banks are made once; every cell (steps, target, variant, seed set) is sampled and measured once."""
 
-    def __init__(self, demo: Demo, data: dict[str, Any]) -> None:
+    def __init__(self, demo: Subject, data: dict[str, Any]) -> None:
         self.demo, self.data = demo, data
-        calibration = stageprune.calibrate(demo.pipe, demo.labels(100), steps=20, guidance=GUIDANCE)
-        self.obs = stageprune.prune(demo.pipe, calibration, levels=LEVELS, multiple=MULTIPLE)
-        self.magnitude = stageprune.prune(demo.pipe, method="magnitude", levels=LEVELS, multiple=MULTIPLE)
+        self.obs = demo.prune(demo.calibrate(100))
+        self.magnitude = demo.prune(None, method="magnitude")
         self.references: dict[tuple[int, int], Tensor] = {}
 
     def run(self) -> None:
@@ -63,17 +72,13 @@ class Runner:
             self.cell(steps, 1.0, "dense", 1.0, steps, None, None)
             table = None
             for target in TARGETS:
-                uniform = stageprune.allocate(self.demo.pipe, self.obs, target=target, strategy="uniform", steps=steps)
+                uniform = self.demo.allocate(self.obs, target, strategy="uniform", steps=steps)
                 share = uniform.executed.share
                 key = f"{steps}/{target}"
                 if key not in self.data.setdefault("allocations", {}):
-                    allocation = stageprune.allocate(
-                        self.demo.pipe,
-                        self.obs,
-                        target=share - TOLERANCE,
-                        steps=steps,
-                        prompts=self.demo.labels(60),
-                        table=table,
+                    probes = self.demo.demo.prompts(self.demo.recipe.probes)
+                    allocation = self.demo.allocate(
+                        self.obs, share - TOLERANCE, steps=steps, prompts=probes, table=table
                     )
                     table = allocation.table
                     self.data["allocations"][key] = allocation.to_dict()
@@ -103,7 +108,7 @@ class Runner:
             "frechet_pooled": frechet(self.demo.judge, pooled),
             **{metric: mean_and_spread([row[metric] for row in rows]) for metric in rows[0]},
         }
-        write_results("quality", self.data)
+        write_results(result_path(self.demo.name).stem, self.data)
         means = {metric: round(sum(row[metric] for row in rows) / len(rows), 5) for metric in rows[0]}
         print(key, means, flush=True)
 
@@ -112,34 +117,38 @@ class Runner:
     ) -> tuple[dict[str, float], Tensor]:
         """One seed set: metrics, and the judge's features."""
         demo, count = self.demo, self.data["count"]
-        seeds = list(range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count))
         with pruned(demo, bank, schedule):
-            latents = demo.sample(seeds, run) if bank is not None or run != steps else self.reference(index, steps)
+            latents = self.sample(index, run) if bank is not None or run != steps else self.reference(index, steps)
         images = demo.images(latents)
         dense, fine = self.reference(index, steps), self.reference(index, REFERENCE_STEPS)
         with torch.no_grad():
             features = demo.judge.features(images).double()
-        hits = demo.judge.hits(images, demo.labels(count))
+        prompts = demo.prompts(count, index * count)
+        hits = demo.judge.hits(images, demo.judge.wanted(prompts, demo.host.encode(prompts)) or [])
         metrics = {
             "latent_mse": float(mse(latents, dense).mean()),
             "image_mse": float(mse(images, demo.images(dense)).mean()),
             "latent_mse_to_40_steps": float(mse(latents, fine).mean()),
-            "class_accuracy": float(hits.double().mean()),
+            "accuracy": float(hits.double().mean()),
             "frechet": frechet(demo.judge, features),
         }
         return metrics, features
 
+    def sample(self, index: int, steps: int) -> Tensor:
+        """Latents of a seed set, by whatever the denoiser is set to."""
+        count = self.data["count"]
+        seeds = range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count)
+        return self.demo.sample(seeds, steps, index * count)
+
     def reference(self, index: int, steps: int) -> Tensor:
         """Dense latents of a seed set, sampled once."""
         if (index, steps) not in self.references:
-            count = self.data["count"]
-            seeds = list(range(FIRST_SEED + index * count, FIRST_SEED + (index + 1) * count))
-            self.references[index, steps] = self.demo.sample(seeds, steps)
+            self.references[index, steps] = self.sample(index, steps)
         return self.references[index, steps]
 
 
 @contextmanager
-def pruned(demo: Demo, bank: Bank | None, schedule: StageSchedule | None) -> Iterator[StagePruner | None]:
+def pruned(demo: Subject, bank: Bank | None, schedule: StageSchedule | None) -> Iterator[StagePruner | None]:
     """Run the block with a schedule, or dense."""
     if bank is None or schedule is None:
         yield None
@@ -156,7 +165,7 @@ def tables(data: dict[str, Any]) -> str:
     for steps in STEPS:
         lines += [
             f"\n**{steps} steps** ({data['sets']} seed sets of {data['count']} images; mean ± deviation over sets)\n",
-            "| budget | variant | MACs run | MSE to dense | MSE to 40 steps | class accuracy | Frechet | pooled |",
+            "| budget | variant | MACs run | MSE to dense | MSE to 40 steps | accuracy | Frechet | pooled |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for key, cell in cells.items():
@@ -168,7 +177,7 @@ def tables(data: dict[str, Any]) -> str:
                 label += " [" + ", ".join(f"{level:g}" for level in cell["schedule"]) + "]"
             lines.append(
                 f"| {target} | {label} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
-                f"{show(cell['latent_mse_to_40_steps'])} | {show(cell['class_accuracy'], 3)} | "
+                f"{show(cell['latent_mse_to_40_steps'])} | {show(cell['accuracy'], 3)} | "
                 f"{show(cell['frechet'], 2)} | {cell['frechet_pooled']:.2f} |"
             )
     return "\n".join(lines)

@@ -1,42 +1,52 @@
-"""Orders and consumers: shared by all stages, or one per stage. Error, memory, switch time; also with few prompts."""
+"""Orders and consumers: shared by all stages, or one per stage. Error, memory, switch time; also with few prompts.
+
+python benchmarks/sharing.py                  # all three demos, into results/sharing-<demo>.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-import stageprune
-from common import GUIDANCE, LEVELS, MULTIPLE, Demo, mean_and_spread, write_results
+from common import DEMOS, TARGETS, Subject, mean_and_spread, write_results
 from stageprune.core.calibration import Calibration
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import StagePruner, applied, resident_bytes
 from stageprune.core.schedule import StageSchedule
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
-TESTED = (0.205, 0.335, 0.51)
 STEPS, COUNT, SETS = 20, 20, 3
 
 
 def main() -> None:
-    """Compare the three at uniform levels and with their own measured schedule; write `results/sharing.json`."""
-    demo = Demo()
+    """Compare the three at uniform levels and with their own measured schedule."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    for name in parser.parse_args().demos:
+        rows = list(compare(Subject(name)))
+        facts = {"demo": name, "images": COUNT, "sets": SETS, "steps": STEPS, "targets": TARGETS}
+        write_results(f"sharing-{name}", {**facts, "rows": rows})
+
+
+def compare(demo: Subject) -> Iterator[dict[str, Any]]:
+    """The three with many, some and few calibration prompts."""
     seeds = [list(range(200_000 + i * COUNT, 200_000 + (i + 1) * COUNT)) for i in range(SETS)]
     dense = [demo.sample(part, STEPS) for part in seeds]
-    rows = []
     for prompts in (100, 20, 5):
-        calibration = stageprune.calibrate(demo.pipe, demo.labels(prompts), steps=STEPS, guidance=GUIDANCE, stages=5)
+        calibration = demo.calibrate(prompts, STEPS, stages=5)
         for order, consumers in SHARINGS:
             row = measure(demo, calibration, order, consumers, seeds, dense, schedule=prompts == 100)
-            rows.append({"prompts": prompts, **row})
-            print(describe(rows[-1]), flush=True)
-    write_results("sharing", {"levels": LEVELS, "images": COUNT, "sets": SETS, "steps": STEPS, "rows": rows})
+            print(demo.name, describe({"prompts": prompts, **row}), flush=True)
+            yield {"prompts": prompts, **row}
 
 
 def measure(
-    demo: Demo,
+    demo: Subject,
     calibration: Calibration,
     order: Any,
     consumers: Any,
@@ -46,11 +56,14 @@ def measure(
 ) -> dict[str, Any]:
     """One sharing: errors at uniform levels, its measured schedule, memory and switch time of that schedule."""
     started = time.perf_counter()
-    bank = stageprune.prune(demo.pipe, calibration, levels=LEVELS, multiple=MULTIPLE, order=order, consumers=consumers)
+    bank = demo.prune(calibration, order=order, consumers=consumers)
     row: dict[str, Any] = {"order": order, "consumers": consumers, "prune_seconds": time.perf_counter() - started}
-    schedules = {str(level): StageSchedule.from_levels([level] * 5) for level in TESTED}
+    schedules = {}
+    for target in TARGETS:
+        uniform = demo.allocate(bank, target, strategy="uniform", steps=STEPS)
+        schedules[f"uniform {target}"] = StageSchedule.from_levels([uniform.schedule.levels[0]] * 5)
     if schedule:
-        allocation = stageprune.allocate(demo.pipe, bank, target=0.67, steps=STEPS, prompts=demo.labels(20))
+        allocation = demo.allocate(bank, 0.67, steps=STEPS, prompts=demo.demo.prompts(20))
         schedules["measured 0.67"] = allocation.schedule
         row |= {"schedule": allocation.schedule.levels, **footprint(demo, bank, allocation.schedule)}
     with applied(demo.host, bank) as pruner:
@@ -64,7 +77,7 @@ def measure(
     return row
 
 
-def footprint(demo: Demo, bank: Bank, schedule: StageSchedule) -> dict[str, float]:
+def footprint(demo: Subject, bank: Bank, schedule: StageSchedule) -> dict[str, float]:
     """Memory over dense, and the median time of a switch, with only this schedule resident."""
     dense_bytes = resident_bytes(demo.host.denoiser)
     pruner = StagePruner(demo.host.denoiser, bank, schedule, demo.host.tau_reader)

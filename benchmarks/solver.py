@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import stageprune
-from common import LEVELS, MULTIPLE, Demo, write_results
+from common import Subject, write_results
 from stageprune.core.pruning.compensate import compensate, damp, with_bias
 
 
 def main() -> None:
     """Run both parts and write `results/solver.json`."""
-    demo = Demo()
-    calibration = stageprune.calibrate(demo.pipe, demo.labels(40), steps=20)
-    bank = stageprune.prune(demo.pipe, calibration, levels=LEVELS, multiple=MULTIPLE)
+    demo = Subject("dit-digits")
+    levels = demo.recipe.levels
+    calibration = demo.calibrate(40)
+    bank = demo.prune(calibration)
     rows = []
     for group in bank.groups:
         path = group.consumers[0].path
@@ -31,7 +31,7 @@ def main() -> None:
     for width in (192, 768, 1536):
         weight, hessian = random_problem(width)
         columns = torch.randperm(width)
-        counts = [round(width * (1 - level)) for level in LEVELS]
+        counts = [round(width * (1 - level)) for level in levels]
         rows.append({"consumer": f"random, {width} columns", **compare(weight, hessian, columns, counts)})
     for row in rows:
         print(
@@ -39,7 +39,7 @@ def main() -> None:
             f"one solve a level {row['each_ms']:.1f} ms ({row['each_ms'] / row['once_ms']:.1f} x)"
         )
     print("worst of all:", f"{max(row['worst'] for row in rows):.1e}")
-    write_results("solver", {"levels": LEVELS, "rows": rows})
+    write_results("solver", {"levels": levels, "rows": rows})
 
 
 def compare(weight: Tensor, hessian: Tensor, columns: Tensor, counts: Sequence[int]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from common import RESULTS, ROOT
+from common import DEMOS, RESULTS, ROOT
 from families import table as families_table
 from quality import show, tables
 
@@ -16,51 +16,57 @@ BEGIN, END = "<!-- results: benchmarks/write_docs.py -->", "<!-- /results -->"
 def main() -> None:
     """Rewrite both files."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    sections = [HEAD, machine(found["quality"])]
-    sections += [quality(found["quality"]), sharing(found["sharing"]), solver(found["solver"])]
+    sections = [HEAD, quality(of_demos(found, "quality"))]
+    sections += [sharing(of_demos(found, "sharing")), solver(found["solver"])]
     sections += [speed(found["dit-xl-cpu"], found["dit-digits-cpu"]), families(found["families"])]
     (ROOT / "docs" / "results.md").write_text("\n".join(sections) + "\n", "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
-    block = f"{BEGIN}\n{short_table(found['quality'])}\n{END}"
+    block = f"{BEGIN}\n{short_table(found['quality-dit-digits'])}\n{END}"
     readme.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL), "utf-8")
 
 
 HEAD = """# Results
 
 Written by `python benchmarks/write_docs.py` from `benchmarks/results/*.json`; above each table stands the command that
-measured it. All of it is the small demo pipeline `demo/dit-digits` in float32 on a CPU, unless a table says
-otherwise."""
+measured it. All of it is the small demo pipelines in `demo/`, in float32 on a CPU, unless a table says otherwise."""
+
+
+def of_demos(found: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """The results of a benchmark for each demo that it was run on."""
+    return {name: found[f"{kind}-{name}"] for name in DEMOS if f"{kind}-{name}" in found}
 
 
 def machine(data: dict[str, Any]) -> str:
     """What it ran on."""
     facts = data["environment"]
-    return (
-        f"\nMachine: {facts['cpu']}; Python {facts['python']}, torch {facts['torch']}, diffusers {facts['diffusers']}."
-    )
+    return f"{facts['cpu']}; Python {facts['python']}, torch {facts['torch']}, diffusers {facts['diffusers']}"
 
 
-def quality(data: dict[str, Any]) -> str:
-    """All cells, and in words where fewer steps win."""
-    return "\n".join(
-        [
-            "\n## Quality at equal cost\n\n`python benchmarks/quality.py`\n",
-            "Same seeds, guidance 1.5 and DDIM for all. *measured*: error table, exact dynamic programming, check "
-            "on held-out",
-            "seeds, allocated anew for each number of steps, under the MACs that *uniform* executes. *magnitude*: "
-            "the level of",
-            "*uniform*, kept by magnitude, not compensated. *fewer steps* (n): dense with n steps. MSE is of the "
-            "latents.",
-            "Frechet distance is in the judge's 32 features to the real digits, a seed set at a time and pooled "
-            "(few samples",
-            "overstate it; compare within a column). One image is "
-            f"{1 / (data['sets'] * data['count']):.1%} of class accuracy.",
+def quality(demos: dict[str, dict[str, Any]]) -> str:
+    """All cells of each demo, and in words where fewer steps win."""
+    parts = [QUALITY]
+    for name, data in demos.items():
+        parts += [
+            f"\n### {name}\n\n`python benchmarks/quality.py {name} --sets {data['sets']} --count {data['count']}`, on "
+            f"{machine(data)}. One image is {1 / (data['sets'] * data['count']):.1%} of accuracy.",
             tables(data),
-            "\n### Who wins\n",
+            "\nWho wins:\n",
             *(f"- {line}" for line in winners(data)),
         ]
-    )
+    return "\n".join(parts)
+
+
+QUALITY = """
+## Quality at equal cost
+
+Same prompts, seeds, guidance and sampler for all rows of a demo. *measured*: error table, exact dynamic programming,
+check on held-out seeds, allocated anew for each number of steps, under the MACs that *uniform* executes. *magnitude*:
+the level of *uniform*, kept by magnitude, not compensated. *fewer steps* (n): dense with n steps. MSE is of the
+latents. Accuracy is the share of images that the demo's judge finds to be what was asked for: the class of a digit; or
+for the shapes every object with its shape, colour and size, and their relation, of captions that training never saw.
+Frechet distance is in the judge's 32 features to real images, a seed set at a time and pooled (few samples overstate
+it; compare within a column)."""
 
 
 def winners(data: dict[str, Any]) -> list[str]:
@@ -74,32 +80,38 @@ def winners(data: dict[str, Any]) -> list[str]:
         fewer, uniform = cells[f"{steps}/{target}/fewer steps"], cells[f"{steps}/{target}/uniform"]
         paired = "fewer steps" if fewer["latent_mse"]["mean"] < ours["latent_mse"]["mean"] else "pruning"
         frechet = "fewer steps" if fewer["frechet_pooled"] < ours["frechet_pooled"] else "pruning"
-        accuracy = ours["class_accuracy"]["mean"] - fewer["class_accuracy"]["mean"]
+        accuracy = ours["accuracy"]["mean"] - fewer["accuracy"]["mean"]
         gain = 1 - ours["latent_mse"]["mean"] / uniform["latent_mse"]["mean"]
         lines.append(
-            f"{steps} steps, {target} of the MACs: paired error {paired}, Frechet distance {frechet}, class accuracy "
+            f"{steps} steps, {target} of the MACs: paired error {paired}, Frechet distance {frechet}, accuracy "
             f"{accuracy:+.1%} for pruning; the measured schedule has {gain:.0%} less paired error than uniform."
         )
     return lines
 
 
-def sharing(data: dict[str, Any]) -> str:
+def sharing(demos: dict[str, dict[str, Any]]) -> str:
     """Shared and per-stage orders and consumers."""
-    lines = [
-        "\n## Shared or per stage\n\n`python benchmarks/sharing.py`\n",
-        f"Latent MSE at {data['steps']} steps, {data['sets']} seed sets of {data['images']}; 5 equal stages.\n",
-        "| prompts | order | consumers | at 0.205 | at 0.335 | at 0.51 | measured 0.67 | memory / dense | switch ms "
-        "| bank MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in data["rows"]:
-        errors = [show(row[name]) if name in row else "" for name in ("0.205", "0.335", "0.51", "measured 0.67")]
-        facts = [f"{row[name]:.2f}" if name in row else "" for name in ("resident_over_dense", "switch_ms", "bank_mib")]
-        cells = [str(row["prompts"]), row["order"], row["consumers"], *errors, *facts]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = ["\n## Shared or per stage\n\n`python benchmarks/sharing.py`\n"]
+    for name, data in demos.items():
+        targets = [f"uniform {target}" for target in data["targets"]]
+        lines += [
+            f"\n{name}: latent MSE at {data['steps']} steps, {data['sets']} seed sets of {data['images']}; 5 equal "
+            "stages.\n",
+            f"| prompts | order | consumers | {' | '.join(targets)} | measured 0.67 | memory / dense | switch ms "
+            "| bank MiB |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in data["rows"]:
+            errors = [show(row[key]) if key in row else "" for key in (*targets, "measured 0.67")]
+            facts = [
+                f"{row[key]:.2f}" if key in row else "" for key in ("resident_over_dense", "switch_ms", "bank_mib")
+            ]
+            cells = [str(row["prompts"]), row["order"], row["consumers"], *errors, *facts]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, SHARING_VERDICT])
 
 
+FOOTPRINT = ("resident_over_dense", "switch_ms", "bank_mib")
 SHARING_VERDICT = """
 Shared orders and consumers are the default: such a bank runs any schedule at any number of steps, is the smallest, and
 switches for nothing. Where the schedule's boundaries are fixed, `consumers="stage"` has less error at the same memory
@@ -183,7 +195,7 @@ def short_table(data: dict[str, Any]) -> str:
         f"Demo pipeline, {data['environment']['cpu']}, float32, DDIM, guidance 1.5, {total} images a row in "
         f"{data['sets']} "
         "seed sets (`python benchmarks/quality.py`):\n",
-        "| steps | budget | variant | MACs run | paired MSE | class accuracy | Frechet |",
+        "| steps | budget | variant | MACs run | paired MSE | accuracy | Frechet |",
         "|---|---|---|---|---|---|---|",
     ]
     for steps in (20, 4):
@@ -195,7 +207,7 @@ def short_table(data: dict[str, Any]) -> str:
             bold = "**" if name == "measured" else ""
             lines.append(
                 f"| {run} | {target} | {bold}{label}{bold} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
-                f"{cell['class_accuracy']['mean']:.3f} | {cell['frechet_pooled']:.2f} |"
+                f"{cell['accuracy']['mean']:.3f} | {cell['frechet_pooled']:.2f} |"
             )
     return "\n".join(lines)
 
