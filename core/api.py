@@ -108,7 +108,7 @@ def prune(
     *,
     method: str = "obs",
     levels: Sequence[float] = DEFAULT_LEVELS,
-    kinds: Sequence[str] = ("head", "neuron"),
+    kinds: Sequence[str] | None = None,
     order: Sharing = "shared",
     consumers: Sharing = "shared",
     multiple: int = 64,
@@ -124,7 +124,7 @@ def prune(
         calibration: its Hessians; data-free methods (`magnitude`, `random`) need none.
         method: one of `stageprune.methods()`.
         levels: sparsities in [0, 1), the share of prunable MACs to remove; dense is always added.
-        kinds: unit kinds to prune: `head`, `neuron`, and for UNets `channel`.
+        kinds: unit kinds to prune: `head`, `neuron`, and for UNets `channel`; by default those that were calibrated.
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
         multiple: neurons are kept in multiples of this.

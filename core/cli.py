@@ -23,6 +23,7 @@ from .cli_options import (
     Device,
     Dtype,
     Guidance,
+    Kinds,
     Out,
     OwnSize,
     Pipe,
@@ -35,6 +36,7 @@ from .cli_options import (
     pixels,
     read_prompts,
     repeat,
+    words,
 )
 
 console = Console(stderr=True)
@@ -65,6 +67,7 @@ def calibrate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     size: OwnSize = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
+    kinds: Kinds = None,
     alpha: Annotated[str, typer.Option(help="Weight of the steps: uniform or log-decrease.")] = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     batch_size: Batch = 16,
@@ -85,6 +88,7 @@ def calibrate(
         size=pixels(size),
         stages=stages,
         alpha=alpha,
+        **({"kinds": words(kinds)} if kinds else {}),
         seed=seed,
         batch_size=batch_size,
         checkpoint=part,
@@ -103,6 +107,7 @@ def prune(
     out: Out = Path("out/bank"),
     method: Annotated[str, typer.Option(help="obs, magnitude or random.")] = "obs",
     levels: Annotated[str, typer.Option(help="Sparsities of the levels.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7",
+    kinds: Kinds = None,
     order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
     consumers: Annotated[
         str, typer.Option(help="Compensated consumers per level (shared) or per level and stage.")
@@ -124,6 +129,7 @@ def prune(
         loaded,
         method=method,
         levels=numbers(levels, "--levels"),
+        kinds=words(kinds) if kinds else None,
         order=order,  # type: ignore[arg-type]  # checked by prune
         consumers=consumers,  # type: ignore[arg-type]
         multiple=multiple,

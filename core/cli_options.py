@@ -33,10 +33,22 @@ OwnSize = Annotated[
     str | None,
     typer.Option(help="Size of the images in pixels, as 512 or 512x768 (height x width). Default: the pipeline's own."),
 ]
+Kinds = Annotated[
+    str | None,
+    typer.Option(
+        help="Unit kinds, separated by commas: head, neuron, and for UNets channel (ResNet channels). Default: "
+        "head,neuron; for `prune`, those that were calibrated."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
 FULL_SIZE = "dit-xl, sd15, sdxl, sd3-medium, sd35-medium, sd35-large, flux-dev"
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def load(name: str, device: str, dtype: str) -> Any:

@@ -200,3 +200,21 @@ def test_a_size(tmp_path, monkeypatch, capsys):
     assert code == 0 and "GMACs a forward at latents of 8 x 12 and 16 text tokens" in out
     code, out, error = run(monkeypatch, capsys, *prune, "--method", "magnitude", "--size", "16x30", *common)
     assert code == 2 and "multiples of 4 pixels" in " ".join(error.split())
+
+
+def test_kinds_are_those_that_were_calibrated(tmp_path, monkeypatch, capsys):
+    make_pipeline("sdxl").save_pretrained(tmp_path / "pipe")
+    pipe, common = tmp_path / "pipe", ("--device", "cpu")
+    code, _, err = run(
+        monkeypatch, capsys, "calibrate", pipe, "-o", tmp_path / "cal", "--kinds", "channel,head", "--count", 12,
+        "--steps", 2, *common,
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = run(
+        monkeypatch, capsys, "prune", pipe, "--calibration", tmp_path / "cal", "-o", tmp_path / "bank", "--levels",
+        "0,0.5", *common,
+    )  # fmt: skip
+    assert code == 0, err
+    assert {group.kind for group in Bundle.load(tmp_path / "bank").bank.groups} == {"channel", "head"}
+    code, _, err = run(monkeypatch, capsys, "calibrate", pipe, "-o", tmp_path / "x", "--kinds", "block", *common)
+    assert code == 2 and "`kinds` must be some of ['channel', 'head', 'neuron']" in err

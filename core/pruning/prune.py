@@ -24,6 +24,8 @@ from .methods import ConsumerProblem, GroupProblem, Method, find_method
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_KINDS = ("head", "neuron")
+
 
 @torch.no_grad()
 def prune(
@@ -32,7 +34,7 @@ def prune(
     *,
     method: str = "obs",
     levels: Sequence[float] = DEFAULT_LEVELS,
-    kinds: Sequence[str] = ("head", "neuron"),
+    kinds: Sequence[str] | None = None,
     order: Sharing = "shared",
     consumers: Sharing = "shared",
     multiple: int = 64,
@@ -47,7 +49,7 @@ def prune(
         calibration: Hessians of this denoiser; methods that compensate need it, others ignore it.
         method: one of `stageprune.methods()`.
         levels: sparsities, in [0, 1); dense is always added.
-        kinds: unit kinds to prune; `channel` needs a calibration with that kind.
+        kinds: unit kinds to prune; by default those that were calibrated, or else heads and neurons.
         order: `shared`, one order for all stages (prefix views, free switches), or `stage`, one for each stage of the
             calibration (gathered at a switch).
         consumers: `shared`, one compensated consumer a level, or `stage`, one a level and stage of the calibration.
@@ -62,7 +64,7 @@ def prune(
         CalibrationError: the calibration is of another model, or has too few rows for a Hessian's rank.
     """
     recipe = _check(host, calibration, method, order, consumers, damping)
-    groups = select_groups(find_groups(host.denoiser), kinds)
+    groups = select_groups(find_groups(host.denoiser), kinds or _calibrated_kinds(calibration))
     sparsities = check_sparsities(levels)
     cost = measure_cost(host.denoiser, size=host.input_size)
     counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
@@ -103,6 +105,11 @@ def prune(
             "calibration": dict(calibration.provenance) if calibration is not None and recipe.compensates else None,
         },
     )
+
+
+def _calibrated_kinds(calibration: Calibration | None) -> Sequence[str]:
+    known: Sequence[str] = calibration.provenance.get("kinds", DEFAULT_KINDS) if calibration else DEFAULT_KINDS
+    return known
 
 
 def _check(
