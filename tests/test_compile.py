@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from stageprune import Bundle, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.runtime import pruner_of
 from support import LEVELS, SCHEDULE, TAUS, forward, images, latents, make_pipe, relative, same_state, state_of
+from zoo import drive, make_pipeline
 
 TOLERANCE = 1e-4
 LAYOUTS = 2  # DiT's first block sees its input in another memory layout, so even dense it takes two graphs
@@ -155,3 +157,18 @@ def test_inductor(pipe, banks):
     pipe.transformer.transformer_blocks[0].compile(fullgraph=True)
     for tau, output in zip((0.9, 0.5), expected, strict=True):
         assert relative(forward(pipe.transformer, tau), output) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_resnets_of_many_shapes_have_room():
+    """Blocks of one class share a limit of graphs, but in a UNet they all differ: it must grow with their number."""
+    torch._dynamo.config.recompile_limit = 8
+    pipe = make_pipeline("sdxl")
+    bank = prune(DiffusersHost(pipe), method="random", levels=(0.0, 0.5), kinds=["channel"])
+    enable_stage_pruning(pipe, Bundle(bank, StageSchedule.from_levels([0, 0.5])))
+    expected = drive(pipe, 1.0, steps=2)
+    resnets = [module for module in pipe.unet.modules() if isinstance(module, ResnetBlock2D)]
+    assert len(resnets) > 6
+    for resnet in resnets:
+        resnet.compile(backend=Counting(), fullgraph=True)  # past the limit this would raise
+    assert relative(drive(pipe, 1.0, steps=2), expected) < TOLERANCE

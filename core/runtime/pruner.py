@@ -105,7 +105,7 @@ class StagePruner:
         self._bound: list[int] = []
         try:
             self._attach()
-            _make_room_for_graphs(len(self.variants))
+            _make_room_for_graphs(len(self.variants), len(set(bank.consumer_shapes.values())))
             self.schedule = schedule
             self.switch(0)
             if self.trimmed:
@@ -256,14 +256,15 @@ class StagePruner:
         self._staged, self._settings, self._gathers, self._offloaded = [], [], [], []
 
 
-def _make_room_for_graphs(variants: int) -> None:
-    """Each variant takes a graph for each memory layout of a block's input; dynamo gives up after 8 by default.
+def _make_room_for_graphs(variants: int, shapes: int) -> None:
+    """Each variant takes a graph for each shape that a kind of block has in the model (a UNet's grow with every
+    resolution) and each memory layout of its input; dynamo gives up after 8 by default.
 
     The limit is the process's: it is only ever raised.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 8 + 4 * variants)
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 8 + 4 * variants * shapes)
 
 
 def pruner_of(denoiser: nn.Module) -> StagePruner | None:
