@@ -326,7 +326,7 @@ def bench(
 
 @app.command()
 def demo(
-    name: Annotated[str, typer.Argument(help="Which demo pipeline.")] = "dit-digits",
+    name: Annotated[str, typer.Argument(help="dit-digits, sdxl-shapes or flux-shapes.")] = "dit-digits",
     out: Out = Path("out/demo"),
     target: Annotated[str, typer.Option(help="Budget.")] = "macs:0.67",
 ) -> None:
