@@ -1,10 +1,14 @@
-"""Write docs/results.md, and the table in README.md, from the JSON in results/. No figure is typed by hand."""
+"""Write docs/results.md, docs/findings.md and the table in README.md from the JSON in results/. No figure is typed by
+hand.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from typing import Any
+
+import findings
 
 from common import DEMOS, RESULTS, ROOT
 from families import table as families_table
@@ -14,12 +18,15 @@ BEGIN, END = "<!-- results: benchmarks/write_docs.py -->", "<!-- /results -->"
 
 
 def main() -> None:
-    """Rewrite both files."""
+    """Rewrite all three."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     sections = [HEAD, quality(of_demos(found, "quality"))]
     sections += [sharing(of_demos(found, "sharing")), solver(found["solver"])]
     sections += [speed(found["dit-xl-cpu"], found["dit-digits-cpu"]), families(found["families"])]
     (ROOT / "docs" / "results.md").write_text("\n".join(sections) + "\n", "utf-8")
+    (ROOT / "docs" / "findings.md").write_text(
+        findings.page(of_demos(found, "quality"), of_demos(found, "sharing")), "utf-8"
+    )
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     block = f"{BEGIN}\n{short_table(found['quality-dit-digits'])}\n{END}"

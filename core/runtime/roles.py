@@ -67,11 +67,36 @@ class StagedLayer(nn.Module):
         )
 
 
-class PrefixRows(StagedLayer):
+class RowsInOrder(StagedLayer):
+    """Rows that may have been permuted; `stage_order` None: they were not."""
+
+    stage_order: Tensor | None
+
+    def dense_weights(self) -> Mapping[str, Tensor]:
+        """The weights with their rows back in the dense order."""
+        weights = super().dense_weights()
+        if self.stage_order is None:
+            return weights
+        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in weights.items()}
+
+
+class ColumnsInOrder(StagedLayer):
+    """Columns that may have been permuted; `stage_order` None: they were not."""
+
+    stage_order: Tensor | None
+
+    def dense_weights(self) -> Mapping[str, Tensor]:
+        """The weights with their columns back in the dense order."""
+        weights = dict(super().dense_weights())
+        if self.stage_order is not None:
+            weights["weight"] = _unordered(weights["weight"], self.stage_order, 1)
+        return weights
+
+
+class PrefixRows(RowsInOrder):
     """Rows that are permuted once, most important unit first: every level is a view of the first ones."""
 
     stage_rows: int
-    stage_order: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """The first `stage_rows` outputs."""
@@ -82,19 +107,14 @@ class PrefixRows(StagedLayer):
         """Keep the first `rows` rows on the device: all that any stage of the schedule uses."""
         self.trim({name: parameter[:rows] for name, parameter in self.named_parameters(recurse=False)})
 
-    def dense_weights(self) -> Mapping[str, Tensor]:
-        """The weights with their rows back in the dense order."""
-        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in super().dense_weights().items()}
 
-
-class GatheredRows(StagedLayer):
+class GatheredRows(RowsInOrder):
     """Rows of which the kept ones are copied into a buffer when the stage changes.
 
     For an order per stage, and for packed rows (GEGLU, fused qkv), whose kept rows are no prefix.
     """
 
     stage_rows: int  # 0 while dense
-    stage_order: Tensor | None
     stage_weight: Tensor
     stage_bias: Tensor | None
 
@@ -115,21 +135,13 @@ class GatheredRows(StagedLayer):
         if self.stage_bias is not None:
             torch.index_select(self.bias.detach(), 0, rows, out=self.stage_bias[: len(rows)])
 
-    def dense_weights(self) -> Mapping[str, Tensor]:
-        """The weights with their rows back in the dense order."""
-        weights = super().dense_weights()
-        if self.stage_order is None:
-            return weights
-        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in weights.items()}
 
-
-class OffloadedRows(StagedLayer):
+class OffloadedRows(RowsInOrder):
     """Rows of which only the active ones are on the device; all of them wait in host memory.
 
     What `GatheredRows` is for, without a buffer beside the dense rows.
     """
 
-    stage_order: Tensor | None
     stage_weight: Tensor
     stage_bias: Tensor | None
 
@@ -145,21 +157,13 @@ class OffloadedRows(StagedLayer):
         on_device = {name: part.to(like.device, like.dtype, non_blocking=True) for name, part in active.items()}
         self.stage_weight, self.stage_bias = on_device["weight"], on_device.get("bias")
 
-    def dense_weights(self) -> Mapping[str, Tensor]:
-        """The weights with their rows back in the dense order."""
-        weights = super().dense_weights()
-        if self.stage_order is None:
-            return weights
-        return {name: _unordered(tensor, self.stage_order, 0) for name, tensor in weights.items()}
 
-
-class LevelColumns(StagedLayer):
+class LevelColumns(ColumnsInOrder):
     """Columns with a weight and bias of their own for every variant (a level, or a level in a stage) but the dense
     one.
     """
 
     stage_variant: int
-    stage_order: Tensor | None
     stage_weights: tuple[str, ...]
     stage_biases: tuple[str, ...]
 
@@ -174,21 +178,13 @@ class LevelColumns(StagedLayer):
         """Keep no dense weight on the device: every stage of the schedule has a variant of its own."""
         self.trim({"weight": self.weight[:, :0]})
 
-    def dense_weights(self) -> Mapping[str, Tensor]:
-        """The weights with their columns back in the dense order."""
-        weights = dict(super().dense_weights())
-        if self.stage_order is not None:
-            weights["weight"] = _unordered(weights["weight"], self.stage_order, 1)
-        return weights
 
-
-class OffloadedColumns(StagedLayer):
+class OffloadedColumns(ColumnsInOrder):
     """Columns of which only the active variant is on the device; the others wait in host memory.
 
     The dense weight is a variant like the others, so the device never holds more than the dense model does.
     """
 
-    stage_order: Tensor | None
     stage_held: tuple[tuple[Tensor, Tensor | None], ...]  # plain attributes: `.to()` must not move them
     stage_weight: Tensor
     stage_bias: Tensor | None
@@ -204,13 +200,6 @@ class OffloadedColumns(StagedLayer):
         like = self.weight
         self.stage_weight = weight.to(like.device, like.dtype, non_blocking=True)
         self.stage_bias = None if bias is None else bias.to(like.device, like.dtype, non_blocking=True)
-
-    def dense_weights(self) -> Mapping[str, Tensor]:
-        """The weights with their columns back in the dense order."""
-        weights = dict(super().dense_weights())
-        if self.stage_order is not None:
-            weights["weight"] = _unordered(weights["weight"], self.stage_order, 1)
-        return weights
 
 
 def _unordered(tensor: Tensor, order: Tensor, dim: int) -> Tensor:

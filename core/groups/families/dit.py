@@ -11,9 +11,10 @@ from torch import nn
 
 from ...errors import GroupError
 from ...host import InputSize
-from ..group import Attribute, Cols, Group, Rows, UnitCost
+from ..group import Group
 from ..registry import register_family
 from .inputs import Draw, patch_grid
+from .parts import attention_heads, neurons
 
 
 @register_family
@@ -28,7 +29,11 @@ class DiT:
     def groups(self, denoiser: nn.Module) -> list[Group]:
         """Per block `blocks.{i}.attn` and `blocks.{i}.ff`; then `blocks`, the blocks themselves."""
         blocks = list(denoiser.transformer_blocks)  # type: ignore[arg-type]
-        groups = [group for i, block in enumerate(blocks) for group in (_heads(i, block), _neurons(i, block))]
+        groups = []
+        for i, block in enumerate(blocks):
+            path = f"transformer_blocks.{i}"
+            groups.append(attention_heads(f"blocks.{i}.attn", f"{path}.attn1", block.attn1, "image", "image"))
+            groups.append(neurons(f"blocks.{i}.ff", f"{path}.ff", block.ff, "image"))
         paths = tuple(f"transformer_blocks.{i}" for i in range(len(blocks)))
         return [*groups, Group(name="blocks", kind="block", size=len(blocks), width=0, blocks=paths)]
 
@@ -61,42 +66,3 @@ def _own_size(denoiser: nn.Module, size: InputSize | None) -> int:
             f"`size` must be {own} x {own}, the one that this DiT is made for; got {size.height} x {size.width}."
         )
     return own
-
-
-def _heads(index: int, block: Any) -> Group:
-    """The attention heads of one block: rows of q, k, v; columns of the output projection."""
-    attention = block.attn1
-    path = f"transformer_blocks.{index}.attn1"
-    heads, inputs, outputs = attention.heads, attention.to_q.in_features, attention.to_out[0].out_features
-    width = attention.to_q.out_features // heads
-    return Group(
-        name=f"blocks.{index}.attn",
-        kind="head",
-        size=heads,
-        width=width,
-        producers=tuple(Rows(f"{path}.{name}") for name in ("to_q", "to_k", "to_v")),
-        consumers=(Cols(f"{path}.to_out.0"),),
-        # Every one of these is read by some attention processor; setting `heads` alone is silently wrong in a few.
-        attributes=(
-            Attribute(path, "heads"),
-            Attribute(path, "sliceable_head_dim"),
-            Attribute(path, "inner_dim", width),
-            Attribute(path, "inner_kv_dim", width),
-        ),
-        cost=UnitCost.of((width * (3 * inputs + outputs), "image"), (2 * width, "image", "image")),
-    )
-
-
-def _neurons(index: int, block: Any) -> Group:
-    """The neurons of one feed-forward: rows of the first Linear, columns of the second."""
-    up, down = block.ff.net[0].proj, block.ff.net[2]
-    path = f"transformer_blocks.{index}.ff"
-    return Group(
-        name=f"blocks.{index}.ff",
-        kind="neuron",
-        size=down.in_features,
-        width=1,
-        producers=(Rows(f"{path}.net.0.proj", up.out_features // down.in_features),),
-        consumers=(Cols(f"{path}.net.2"),),
-        cost=UnitCost.of((up.in_features * (up.out_features // down.in_features) + down.out_features, "image")),
-    )

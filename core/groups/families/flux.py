@@ -14,7 +14,8 @@ from ...host import InputSize
 from ..group import Cols, Group, Rows, UnitCost
 from ..registry import register_family
 from .inputs import Draw, full_size, patch_grid
-from .mmdit import PROJECTIONS, Side, heads, neurons, side, token_streams, whole_blocks
+from .mmdit import PROJECTIONS, Side, heads, side, token_streams, whole_blocks
+from .parts import neurons
 
 DEFAULT = (128, 128, 512)
 """Latent height and width (1024 pixels) and text tokens of the pipeline's default. The configuration has none."""

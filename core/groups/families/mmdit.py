@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import GroupError
 from ..group import Attribute, Cols, Group, Rows, UnitCost
+from .parts import check_processor
 
 PROJECTIONS = {
     "image": {False: ("to_q", "to_k", "to_v"), True: ("to_qkv",)},
@@ -72,7 +72,7 @@ def heads(
     """
     module: Any = block.get_submodule(attention)
     where = f"{path}.{attention}"
-    _check_processor(where, module)
+    check_processor(where, module)
     width = module.to_q.out_features // module.heads
     attributes = [Attribute(where, attribute) for attribute in counts]
     attributes += [Attribute(where, attribute, width) for attribute in widths]
@@ -100,20 +100,6 @@ def heads(
     )
 
 
-def neurons(name: str, path: str, feed_forward: Any, stream: str) -> Group:
-    """The neurons of one stream's feed-forward: rows of the first Linear, columns of the last."""
-    up, down = feed_forward.net[0].proj, feed_forward.net[2]
-    return Group(
-        name=name,
-        kind="neuron",
-        size=down.in_features,
-        width=1,
-        producers=(Rows(f"{path}.net.0.proj"),),
-        consumers=(Cols(f"{path}.net.2"),),
-        cost=UnitCost.of((up.in_features + down.out_features, stream)),
-    )
-
-
 def whole_blocks(paths: Sequence[str]) -> Group:
     """The blocks themselves. A removed one returns both streams as they came."""
     passes = ("encoder_hidden_states", "hidden_states")
@@ -123,13 +109,3 @@ def whole_blocks(paths: Sequence[str]) -> Group:
 def token_streams(image: int, text: int) -> Mapping[str, int]:
     """Tokens of each stream."""
     return {"image": image, "text": text, "joint": image + text}
-
-
-def _check_processor(path: str, attention: Any) -> None:
-    """A processor with weights of its own (IP-Adapter) has rows for each head, which the group would not slice."""
-    processor = attention.processor
-    if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
-        raise GroupError(
-            f"`{path}` has a {type(processor).__name__} with weights of its own (IP-Adapter), which slicing would "
-            "miss: call unload_ip_adapter() first."
-        )

@@ -14,7 +14,8 @@ from ...host import InputSize
 from ..group import Group
 from ..registry import register_family
 from .inputs import Draw, full_size, patch_grid
-from .mmdit import heads, neurons, side, token_streams, whole_blocks
+from .mmdit import heads, side, token_streams, whole_blocks
+from .parts import neurons
 
 TEXT_TOKENS = 77 + 256
 """Text tokens of the pipeline's default: CLIP's 77 and T5's 256. The configuration does not hold them."""

@@ -19,6 +19,7 @@ from ...host import InputSize
 from ..group import Attribute, Cols, Group, Rows, UnitCost
 from ..registry import register_family
 from .inputs import Draw, full_size
+from .parts import attention_heads, neurons
 
 TEXT_TOKENS = 77
 """Length of a CLIP prompt. The configuration does not hold it."""
@@ -127,64 +128,17 @@ def _transformer(path: str, block: Any, stream: str) -> list[Group]:
     groups = [_heads(f"{path}.attn1", block.attn1, stream, first_keys)]
     if block.attn2 is not None:
         groups.append(_heads(f"{path}.attn2", block.attn2, stream, "text"))
-    return [*groups, _neurons(f"{path}.ff", block.ff, stream)]
+    return [*groups, neurons(f"{path}.ff", f"{path}.ff", block.ff, stream)]
 
 
 def _heads(path: str, attention: Any, queries: str, keys: str) -> Group:
-    """The heads of one attention: rows of q (from the image), k and v (from `keys`); columns of the output."""
-    _check_attention(path, attention)
-    heads, rows, outputs = attention.heads, attention.to_q.out_features, attention.to_out[0].out_features
-    width = rows // heads
-    return Group(
-        name=path,
-        kind="head",
-        size=heads,
-        width=width,
-        producers=tuple(Rows(f"{path}.{name}") for name in ("to_q", "to_k", "to_v")),
-        consumers=(Cols(f"{path}.to_out.0"),),
-        # Every one of these is read by some attention processor; setting `heads` alone is silently wrong in a few.
-        attributes=(
-            Attribute(path, "heads"),
-            Attribute(path, "sliceable_head_dim"),
-            Attribute(path, "inner_dim", width),
-            Attribute(path, "inner_kv_dim", width),
-        ),
-        cost=UnitCost.of(
-            (width * (attention.to_q.in_features + outputs), queries),
-            (width * (attention.to_k.in_features + attention.to_v.in_features), keys),
-            (2 * width, queries, keys),
-        ),
-    )
-
-
-def _check_attention(path: str, attention: Any) -> None:
-    """Refuse what holds rows of heads that the group would not slice: the result would be wrong in silence."""
-    processor = attention.processor
-    if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
-        raise GroupError(
-            f"`{path}` has a {type(processor).__name__} with weights of its own (IP-Adapter), which slicing would "
-            "miss: unload it first."
-        )
+    """The heads of one attention; refused if it holds rows of heads that the group would not slice."""
     if getattr(attention, "fused_projections", False):
         raise GroupError(f"`{path}` has fused projections: call unfuse_qkv_projections() first.")
     for name in ("added_kv_proj_dim", "norm_q", "norm_k"):
         if getattr(attention, name, None) is not None:
             raise GroupError(f"`{path}` has `{name}`, which the UNet family does not know. Register a family for it.")
-
-
-def _neurons(path: str, feed_forward: Any, stream: str) -> Group:
-    """The neurons of one feed-forward: rows of the first Linear (GEGLU: value and gate packed), columns of the last."""
-    up, down = feed_forward.net[0].proj, feed_forward.net[2]
-    packed = up.out_features // down.in_features
-    return Group(
-        name=path,
-        kind="neuron",
-        size=down.in_features,
-        width=1,
-        producers=(Rows(f"{path}.net.0.proj", packed),),
-        consumers=(Cols(f"{path}.net.2"),),
-        cost=UnitCost.of((up.in_features * packed + down.out_features, stream)),
-    )
+    return attention_heads(path, path, attention, queries, keys)
 
 
 def _channels(path: str, resnet: Any, stream: str) -> Group:

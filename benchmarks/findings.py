@@ -1,0 +1,123 @@
+"""docs/findings.md: the questions that decide the defaults, asked of every demo pipeline. Called by write_docs.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import TARGETS
+
+Results = dict[str, dict[str, Any]]
+"""Demo -> what a benchmark wrote."""
+
+HEAD = """# What holds for every model, and what does not
+
+Written by `python benchmarks/write_docs.py` from `benchmarks/results/*.json` (see [results.md](results.md) for the
+commands, all cells and the spreads). Three small pipelines, trained for real: a class-conditional DiT, a Stable
+Diffusion XL UNet (heads, neurons and ResNet channels pruned) and a FLUX MMDiT. Errors are latent MSE to the dense model
+at the same steps. They are small models: the defaults follow from them, the numbers are theirs alone."""
+
+
+def page(quality: Results, sharing: Results) -> str:
+    """The whole page."""
+    return "\n".join([HEAD, compensation(quality), stages(quality), orders(sharing), steps(quality)]) + "\n"
+
+
+def compensation(quality: Results) -> str:
+    """The same level for every group, kept by OBS with compensation or by magnitude without."""
+    lines = [
+        "\n## 1. Compensation\n",
+        "One level everywhere, 20 steps: Optimal Brain Surgeon with compensation beside magnitude without.\n",
+        "| demo | MACs | error, OBS | magnitude | ratio | accuracy, dense | OBS | magnitude | Frechet, OBS "
+        "| magnitude |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for name, data in quality.items():
+        cells = data["cells"]
+        dense = cells["20/1.0/dense"]
+        for target in TARGETS:
+            ours, other = cells[f"20/{target}/uniform"], cells[f"20/{target}/magnitude"]
+            ratios.append(other["latent_mse"]["mean"] / ours["latent_mse"]["mean"])
+            lines.append(
+                f"| {name} | {ours['share']:.2f} | {mean(ours, 'latent_mse')} | {mean(other, 'latent_mse')} | "
+                f"{ratios[-1]:.1f} | {mean(dense, 'accuracy', 3)} | {mean(ours, 'accuracy', 3)} | "
+                f"{mean(other, 'accuracy', 3)} | {ours['frechet_pooled']:.2f} | {other['frechet_pooled']:.2f} |"
+            )
+    return "\n".join([*lines, f"\nMagnitude has {min(ratios):.1f} to {max(ratios):.1f} times the error."])
+
+
+def stages(quality: Results) -> str:
+    """What a stage costs when it alone is pruned, and what the allocation made of it."""
+    lines = [
+        "\n## 2. What a stage is worth\n",
+        "Error when one of five equal stages (four at 4 steps) alone runs at the level nearest half, stage 0 the "
+        "noisiest; then the schedule chosen for 0.67 of the MACs, and its error beside one level everywhere.\n",
+        "| demo | steps | 0 | 1 | 2 | 3 | 4 | dearest / cheapest | measured schedule | error | uniform |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, data in quality.items():
+        for count in (20, 8, 4):
+            table = data["allocations"][f"{count}/0.8"]["table"]
+            level = min(range(len(table["sparsities"])), key=lambda i: abs(table["sparsities"][i] - 0.5))
+            errors = [row[level] for row in table["errors"]]
+            visited, places = [error for error in errors if error > 0], errors + [0.0] * (5 - len(errors))
+            cells = data["cells"]
+            ours, uniform = cells[f"{count}/0.67/measured"], cells[f"{count}/0.67/uniform"]
+            shown = " | ".join(f"{error:.4f}" if error else "" for error in places)
+            lines.append(
+                f"| {name} | {count} | {shown} | {max(visited) / min(visited):.0f} | "
+                f"{', '.join(f'{value:g}' for value in ours['schedule'])} | {mean(ours, 'latent_mse')} | "
+                f"{mean(uniform, 'latent_mse')} |"
+            )
+    return "\n".join(lines)
+
+
+def orders(sharing: Results) -> str:
+    """Error of the other sharings over that of shared orders and consumers."""
+    lines = [
+        "\n## 3. One order for all stages, or one a stage\n",
+        "Error over that with shared orders and shared consumers; five stages, 20 steps. Fewer calibration prompts "
+        "leave less data a stage.\n",
+        "| demo | prompts | order | consumers | " + " | ".join(f"{target} of the MACs" for target in TARGETS) + " |",
+        "|---|---|---|---|" + "---|" * len(TARGETS),
+    ]
+    for name, data in sharing.items():
+        bases = {
+            row["prompts"]: row for row in data["rows"] if (row["order"], row["consumers"]) == ("shared", "shared")
+        }
+        for row in data["rows"]:
+            base = bases[row["prompts"]]
+            if row is base:
+                continue
+            keys = [f"uniform {target}" for target in TARGETS]
+            ratios = " | ".join(f"{row[key]['mean'] / base[key]['mean']:.2f}" for key in keys)
+            lines.append(f"| {name} | {row['prompts']} | {row['order']} | {row['consumers']} | {ratios} |")
+    return "\n".join(lines)
+
+
+def steps(quality: Results) -> str:
+    """In how many cells the measured schedule beats dense with fewer steps, metric by metric."""
+    lines = [
+        "\n## 4. Pruning or fewer steps\n",
+        "Of the nine cells (20, 8 and 4 steps at 0.8, 0.67 and 0.5 of the MACs): where the measured schedule beats "
+        "dense with fewer steps at about equal cost.\n",
+        "| demo | paired error | accuracy better | accuracy equal | Frechet |",
+        "|---|---|---|---|---|",
+    ]
+    for name, data in quality.items():
+        cells = data["cells"]
+        measured = [key for key in cells if key.endswith("measured")]
+        pairs = [(cells[key], cells[key.replace("measured", "fewer steps")]) for key in measured]
+        won = {
+            "paired": sum(a["latent_mse"]["mean"] < b["latent_mse"]["mean"] for a, b in pairs),
+            "better": sum(a["accuracy"]["mean"] > b["accuracy"]["mean"] for a, b in pairs),
+            "equal": sum(a["accuracy"]["mean"] == b["accuracy"]["mean"] for a, b in pairs),
+            "frechet": sum(a["frechet_pooled"] < b["frechet_pooled"] for a, b in pairs),
+        }
+        lines.append(f"| {name} | " + " | ".join(f"{count} of {len(pairs)}" for count in won.values()) + " |")
+    return "\n".join(lines)
+
+
+def mean(cell: dict[str, Any], metric: str, digits: int = 4) -> str:
+    """The mean over seed sets."""
+    return f"{cell[metric]['mean']:.{digits}f}"
