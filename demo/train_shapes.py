@@ -9,14 +9,17 @@ Run the stages in this order; `sdxl` and `flux` are independent of each other an
     python demo/train_shapes.py flux
     python demo/train_shapes.py measure
 
-Every stage is seeded. The parts that both pipelines share wait in the work folder; `measure` reads the finished
-pipelines back and writes every figure of their READMEs.
+`--further` trains published weights for another round; `unpack` first, if the work folder is gone. Every stage is
+seeded. The parts that both pipelines share wait in the work folder; `measure` reads the finished pipelines back and
+writes every figure of their READMEs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -54,6 +57,7 @@ class Settings:
     batch: int = 32
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
+    further: bool = False
     images: int = 500  # generated at each number of steps in `measure`
 
     def folder(self, name: str) -> Path:
@@ -111,9 +115,16 @@ def cached_latents(settings: Settings, parts: dict[str, Any]) -> tuple[Tensor, d
 
 
 def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Module, loss_of: Any, steps: int) -> None:
-    """Train one denoiser on cached latents; what gets published is a moving average of its weights."""
+    """Train one denoiser on cached latents; what gets published is a moving average of its weights.
+
+    A further round starts from the published weights, with a rate that rises and falls again and with fresh noise.
+    """
     parts = load_parts(settings.work)
-    generator = torch.Generator().manual_seed(settings.seed + 4)
+    rounds = rounds_of(settings.folder(name), name) if settings.further else []
+    if rounds:
+        published = type(model).from_pretrained(settings.folder(name) / family.COMPONENT)
+        model.load_state_dict(published.state_dict())
+    generator = torch.Generator().manual_seed(settings.seed + 4 + 100 * len(rounds))
     latents, ids = cached_latents(settings, parts)
     descend = optimiser(model, steps, settings.learning_rate, 0.01)
     average = Average(model, settings.ema_decay)
@@ -129,6 +140,13 @@ def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Mod
         if step % 1000 == 0:
             save(settings.work / f"{name}-shapes", family, model, average, settings)
     save(settings.folder(name), family, model, average, settings)
+    record(settings.folder(name), **{f"{name}_rounds": [*rounds, steps]})
+
+
+def rounds_of(folder: Path, name: str) -> list[int]:
+    """Optimiser steps of each round that the published weights have been through."""
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    return list(figures[f"{name}_rounds"])
 
 
 def save(folder: Path, family: ModuleType, model: torch.nn.Module, average: Average, settings: Settings) -> None:
@@ -158,6 +176,21 @@ def flux_stage(settings: Settings) -> None:
     train(settings, "flux", flux, flux.new_transformer(), flux.Loss(parts, token_ids(parts, [""])), settings.flux_steps)
 
 
+def unpack_stage(settings: Settings) -> None:
+    """Fill the work folder from the published pipelines: enough to train a further round."""
+    places = {
+        "sdxl": {
+            "vae": "vae",
+            "tokenizer": "tokenizer",
+            **{f"text_encoder{n}": f"text_encoder{n}" for n in ("", "_2")},
+        },
+        "flux": {"tokenizer_2": "t5_tokenizer", "text_encoder_2": "t5"},
+    }
+    for name, parts in places.items():
+        for component, part in parts.items():
+            shutil.copytree(settings.folder(name) / component, settings.work / part, dirs_exist_ok=True)
+
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "sdxl": {"guidance_scale": 3.0},
     "flux": {"true_cfg_scale": 2.0, "max_sequence_length": text.LENGTH},
@@ -181,6 +214,7 @@ STAGES = {
     "sdxl": sdxl_stage,
     "flux": flux_stage,
     "measure": measure_stage,
+    "unpack": unpack_stage,
 }
 
 
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the pipelines' folders go")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "shapes"), help="for shared parts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--further", action="store_true", help="train the published weights for another round")
     for name in ("sdxl", "flux"):
         default = getattr(Settings, f"{name}_steps")
         parser.add_argument(f"--{name}-steps", type=int, default=default, help=f"optimiser steps ({default})")
@@ -199,7 +234,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)  # denormal numbers, frequent in small gradients, are slow on CPUs
     settings = Settings(
-        out=arguments.out, work=arguments.work, sdxl_steps=arguments.sdxl_steps, flux_steps=arguments.flux_steps
+        out=arguments.out,
+        work=arguments.work,
+        sdxl_steps=arguments.sdxl_steps,
+        flux_steps=arguments.flux_steps,
+        further=arguments.further,
     )
     started = time.perf_counter()
     STAGES[arguments.stage](settings)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shapes.text import LENGTH, WIDTH
 
+COMPONENT = "transformer"
 PATCHES = 8  # a side: 16x16 latents in 2x2 patches
 
 

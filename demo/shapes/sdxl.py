@@ -12,6 +12,7 @@ from torch import Tensor
 from shapes.scenes import LATENT_SIDE, SIDE
 from shapes.text import WIDTH
 
+COMPONENT = "unet"
 TIME_IDS = 16  # channels of each of SDXL's six micro-conditioning numbers
 
 
