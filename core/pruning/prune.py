@@ -64,7 +64,8 @@ def prune(
         CalibrationError: the calibration is of another model, or has too few rows for a Hessian's rank.
     """
     recipe = _check(host, calibration, method, order, consumers, damping)
-    groups = select_groups(find_groups(host.denoiser), kinds or _calibrated_kinds(calibration))
+    chosen = _calibrated_kinds(calibration) if kinds is None else kinds
+    groups = select_groups(find_groups(host.denoiser), chosen)
     sparsities = check_sparsities(levels)
     cost = measure_cost(host.denoiser, size=host.input_size)
     counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)

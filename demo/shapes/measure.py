@@ -74,6 +74,7 @@ def measure(folder: Path, arguments: dict[str, Any], count: int, seed: int) -> N
         real_through_vae=score(checker, through, names),
         vae_psnr_db=round(float(-10 * (through - real).square().mean().log10()), 1),
         arguments=arguments,
+        images=count,
     )
     held = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["held_out"]
     prompts = (held * (count // len(held) + 1))[:count]
@@ -112,10 +113,11 @@ def write_figures(folder: Path) -> None:
         for part in ("checker", "vae", "text", "sdxl", "flux")
         if (key := f"{part}_seconds") in figures
     )
+    held_out = f"{figures['checker_held_out']:.2%} of 2,000 rendered scenes of held-out captions"
     lines += [
-        f"\nThe checker is right on {figures['checker_held_out']:.2%} of 2,000 rendered scenes of held-out captions; "
-        f"the autoencoder gives {figures['vae_psnr_db']} dB. Training took, one core each and with other work beside: "
-        f"{times}. The folder has {figures['folder_megabytes']} MB."
+        f"\n{figures['images']} pictures a row. The checker is right on {held_out}; the autoencoder gives "
+        f"{figures['vae_psnr_db']} dB. Training took, one core each and with other work beside: {times}. The folder "
+        f"has {figures['folder_megabytes']} MB."
     ]
     path = folder / "README.md"
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
