@@ -201,7 +201,7 @@ def short_table(data: dict[str, Any]) -> str:
     lines = [
         f"Demo pipeline, {data['environment']['cpu']}, float32, DDIM, guidance 1.5, {total} images a row in "
         f"{data['sets']} "
-        "seed sets (`python benchmarks/quality.py`):\n",
+        f"seed sets (`python benchmarks/quality.py dit-digits --sets {data['sets']} --count {data['count']}`):\n",
         "| steps | budget | variant | MACs run | paired MSE | accuracy | Frechet |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -99,9 +100,10 @@ def text_stage(settings: Settings) -> None:
 
 def cached_latents(settings: Settings, parts: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents (float16) and token ids of the training scenes, made once and kept in the work folder."""
-    path = settings.work / f"latents-{settings.scenes}.pt"
+    path = settings.work / f"latents-{settings.scenes}.safetensors"
     if path.is_file():
-        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+        known = load_file(path)
+        return known.pop("latents"), known
     generator = torch.Generator().manual_seed(settings.seed + 3)
     latents, ids = [], []
     for begin in range(0, settings.scenes, POOL):
@@ -110,7 +112,7 @@ def cached_latents(settings: Settings, parts: dict[str, Any]) -> tuple[Tensor, d
         ids.append(token_ids(parts, [str(scene) for scene in layout.scenes()]))
         log.info("encoded %d of %d scenes", begin + len(latents[-1]), settings.scenes)
     result = torch.cat(latents), {name: torch.cat([part[name] for part in ids]) for name in ids[0]}
-    torch.save(result, path)
+    save_file({"latents": result[0], **result[1]}, path)
     return result
 
 

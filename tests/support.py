@@ -156,3 +156,21 @@ def hessian_of(rows: Tensor) -> Tensor:
     """Second moments of `rows` and a constant 1, as a calibration sums them."""
     data = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
     return data.T @ data
+
+
+class raising:
+    """Raise from a block's forward at its n-th call within the context."""
+
+    def __init__(self, block: nn.Module, error: BaseException, call: int) -> None:
+        self.block, self.error, self.left = block, error, call
+
+    def __enter__(self):
+        self.hook = self.block.register_forward_hook(self._count)
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def _count(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error

@@ -20,7 +20,7 @@ from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.hosts.diffusers.bare import DenoiserHost
 from stageprune.core.pruning import prune
 from stageprune.core.runtime import pruner_of
-from support import inside, relative, same_state, state_of
+from support import inside, raising, relative, same_state, state_of
 from zoo import NAMES, drive, generate, make_denoiser, make_pipeline, prompts_for
 
 FAMILIES = ("dit", "sdxl", "flux")
@@ -68,7 +68,10 @@ def test_enable_disable_leaves_no_trace(pipe, name, sharing):
         pruned = images(pipe)
         assert relative(pruned, before) > 0.01
         if interrupted:
-            with pytest.raises(KeyboardInterrupt), raising_at(denoiser, KeyboardInterrupt, call=3):
+            with (
+                pytest.raises(KeyboardInterrupt),
+                raising(denoiser.get_submodule(blocks_of(denoiser)[-1]), KeyboardInterrupt, call=3),
+            ):
                 images(pipe)
             assert torch.equal(images(pipe), pruned), "an exception must not leave a wrong level behind"
         assert same_state(state_of(denoiser), state)
@@ -81,7 +84,10 @@ def test_disable_straight_after_an_exception(pipe, name):
     denoiser = denoiser_of(pipe)
     before, state = images(pipe), state_of(denoiser)
     enable_stage_pruning(pipe, bundle_for(name))
-    with pytest.raises(KeyboardInterrupt), raising_at(denoiser, KeyboardInterrupt, call=2):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        raising(denoiser.get_submodule(blocks_of(denoiser)[-1]), KeyboardInterrupt, call=2),
+    ):
         images(pipe)
     disable_stage_pruning(pipe)
     assert torch.equal(images(pipe), before) and same_state(state_of(denoiser), state)
@@ -243,22 +249,3 @@ def levels_of_calls(pipe, run):
 def blocks_of(denoiser):
     """The blocks that are repeated, which is what is compiled one by one."""
     return [path for group in find_groups(denoiser) for path in group.blocks]
-
-
-class raising_at:
-    """Raise in the middle of the denoiser's n-th call within the context."""
-
-    def __init__(self, denoiser, error, call):
-        path = blocks_of(denoiser)[-1]
-        self.block, self.error, self.left = denoiser.get_submodule(path), error, call
-
-    def __enter__(self):
-        self.hook = self.block.register_forward_hook(self._count)
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-    def _count(self, *_):
-        self.left -= 1
-        if self.left == 0:
-            raise self.error

@@ -27,6 +27,7 @@ from support import (
     inside,
     latents,
     make_pipe,
+    raising,
     reference,
     reference_latents,
     relative,
@@ -118,7 +119,7 @@ def test_enable_disable_leaves_no_trace(pipe, bundle, interrupt):
         enable_stage_pruning(pipe, bundle)
         pruned = images(pipe)
         if interrupt:
-            with pytest.raises(interrupt), _raising(pipe.transformer, interrupt, call=3):
+            with pytest.raises(interrupt), raising(pipe.transformer.transformer_blocks[1], interrupt, call=3):
                 images(pipe)
             assert torch.equal(images(pipe), pruned), "an exception must not leave a wrong level behind"
         disable_stage_pruning(pipe)
@@ -131,7 +132,7 @@ def test_enable_disable_leaves_no_trace(pipe, bundle, interrupt):
 def test_disable_straight_after_an_exception(pipe, bundle):
     before, state = images(pipe), state_of(pipe.transformer)
     enable_stage_pruning(pipe, bundle)
-    with pytest.raises(KeyboardInterrupt), _raising(pipe.transformer, KeyboardInterrupt, call=4):
+    with pytest.raises(KeyboardInterrupt), raising(pipe.transformer.transformer_blocks[1], KeyboardInterrupt, call=4):
         images(pipe)
     disable_stage_pruning(pipe)
     assert torch.equal(images(pipe), before)
@@ -281,21 +282,3 @@ def test_applied_restores_whatever_happens(pipe, bank):
         latents(pipe, steps=STEPS)
         raise KeyboardInterrupt
     assert same_state(state_of(pipe.transformer), state) and inside(pipe.transformer) == structure
-
-
-class _raising:
-    """Raise from a block's forward at the n-th denoiser call within the context."""
-
-    def __init__(self, denoiser, error, call):
-        self.block, self.error, self.left = denoiser.transformer_blocks[1], error, call
-
-    def __enter__(self):
-        self.hook = self.block.register_forward_hook(self._count)
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-    def _count(self, *_):
-        self.left -= 1
-        if self.left == 0:
-            raise self.error

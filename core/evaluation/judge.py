@@ -9,6 +9,7 @@ never sees a generated one.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -34,7 +35,7 @@ def register_judge(cls: J) -> J:
     return cls
 
 
-class Judge(nn.Module):
+class Judge(nn.Module, ABC):
     """What all judges have: a feature space, the real images' statistics in it, and files.
 
     Images are `(B, 3, H, W)` in [0, 1].
@@ -59,21 +60,21 @@ class Judge(nn.Module):
         self.register_buffer("real_mean", torch.zeros(self.num_features, dtype=torch.float64))
         self.register_buffer("real_cov", torch.eye(self.num_features, dtype=torch.float64))
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """The feature vectors `(B, 32)` of images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wanted(self, prompts: Sequence[Prompt], conditions: Conditions) -> list[Prompt] | None:
         """What each image should show, in the judge's terms; None if the prompts are of a sort that it cannot check.
 
         Raises:
             StagePruneError: a prompt is of the right sort, but unknown to the judge.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def hits(self, images: Tensor, wanted: Sequence[Prompt]) -> Tensor:
         """Whether each image shows what was asked for, shape (B,), bool, on the CPU."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
