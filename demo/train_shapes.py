@@ -36,7 +36,7 @@ from shapes import autoencoder, flux, sdxl, text
 from shapes.checker import train_checker
 from shapes.measure import measure, write_prompts
 from shapes.parts import load_parts, token_ids
-from shapes.scenes import draw_layouts, render
+from shapes.scenes import cells, draw_layouts, render
 from training import Average, batches, log, optimiser, publish, record
 
 POOL = 2000  # scenes that are rendered and encoded at a time
@@ -58,6 +58,7 @@ class Settings:
     batch: int = 32
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
+    layout_weight: float = 0.5
     further: bool = False
     images: int = 500
 
@@ -98,21 +99,21 @@ def text_stage(settings: Settings) -> None:
         publish(settings.work / name, encoder.save_pretrained)
 
 
-def cached_latents(settings: Settings, parts: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents (float16) and token ids of the training scenes, made once and kept in the work folder."""
-    path = settings.work / f"latents-{settings.scenes}.safetensors"
+def cached_scenes(settings: Settings, parts: dict[str, Any]) -> dict[str, Tensor]:
+    """Latents (float16), token ids and layouts of the training scenes, made once and kept in the work folder."""
+    path = settings.work / f"scenes-{settings.scenes}.safetensors"
     if path.is_file():
-        known = load_file(path)
-        return known.pop("latents"), known
+        return load_file(path)
     generator = torch.Generator().manual_seed(settings.seed + 3)
-    latents, ids = [], []
+    pools: list[dict[str, Tensor]] = []
     for begin in range(0, settings.scenes, POOL):
         layout = draw_layouts(min(POOL, settings.scenes - begin), generator)
-        latents.append(autoencoder.encode(parts["vae"], render(layout, generator)).half())
-        ids.append(token_ids(parts, [str(scene) for scene in layout.scenes()]))
-        log.info("encoded %d of %d scenes", begin + len(latents[-1]), settings.scenes)
-    result = torch.cat(latents), {name: torch.cat([part[name] for part in ids]) for name in ids[0]}
-    save_file({"latents": result[0], **result[1]}, path)
+        latents = autoencoder.encode(parts["vae"], render(layout, generator)).half()
+        ids = token_ids(parts, [str(scene) for scene in layout.scenes()])
+        pools.append({"latents": latents, "cells": cells(layout), **ids})
+        log.info("encoded %d of %d scenes", begin + len(latents), settings.scenes)
+    result = {name: torch.cat([pool[name] for pool in pools]) for name in pools[0]}
+    save_file(result, path)
     return result
 
 
@@ -127,18 +128,22 @@ def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Mod
         published = type(model).from_pretrained(settings.folder(name) / family.COMPONENT)
         model.load_state_dict(published.state_dict())
     generator = torch.Generator().manual_seed(settings.seed + 4 + 100 * len(rounds))
-    latents, ids = cached_latents(settings, parts)
-    descend = optimiser(model, steps, settings.learning_rate, 0.01)
+    scenes = cached_scenes(settings, parts)
+    latents, cells, ids = scenes.pop("latents"), scenes.pop("cells"), scenes
+    reader = family.layout_reader(model)
+    descend = optimiser([*model.parameters(), *reader.parameters()], steps, settings.learning_rate, 0.01)
     average = Average(model, settings.ema_decay)
     for step, picked in enumerate(batches(len(latents), settings.batch, steps, generator), start=1):
         with torch.no_grad():
             encoded = family.encode_text(parts, {kind: tokens[picked] for kind, tokens in ids.items()})
         # Without fused attention, whose backward pass took more time than everything else together.
         with sdpa_kernel(SDPBackend.MATH):
-            descend(loss := loss_of(model, latents[picked].float(), encoded, generator))
+            loss = loss_of(model, latents[picked].float(), encoded, generator)
+            layout = reader.loss(cells[picked])
+            descend(loss + settings.layout_weight * layout)
         average.update(step)
         if step % 100 == 0:
-            log.info("%s step %d/%d loss %.4f", name, step, steps, loss.item())
+            log.info("%s step %d/%d loss %.4f layout %.4f", name, step, steps, loss.item(), layout.item())
         if step % 1000 == 0:
             save(settings.work / f"{name}-shapes", family, model, average, settings)
     save(settings.folder(name), family, model, average, settings)

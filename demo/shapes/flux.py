@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from shapes.alignment import LayoutReader
 from shapes.text import LENGTH, WIDTH
 
 COMPONENT = "transformer"
@@ -35,6 +36,17 @@ def new_transformer() -> FluxTransformer2DModel:
             if name == "proj_out" or name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")):
                 nn.init.zeros_(module.weight)
     return model
+
+
+def layout_reader(model: FluxTransformer2DModel) -> LayoutReader:
+    """After the second of the four single blocks, which return the text's states and the picture's."""
+    width = model.inner_dim
+    return LayoutReader(
+        model.single_transformer_blocks[1],
+        lambda states: states[1].mT.unflatten(2, (PATCHES, PATCHES)),
+        width,
+        PATCHES,
+    )
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -24,6 +24,9 @@ PALETTE = torch.tensor(
 HELD_OUT = 10
 """One two-object caption in ten is never trained on."""
 
+CELL_FACTS = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1)
+"""Classes of a latent position: the shape, colour and size of what covers it; the last class is the background."""
+
 _TRIES = 24  # positions drawn for each scene; the first that fits is taken
 
 
@@ -119,16 +122,31 @@ def _place(objects: Tensor, radius: Tensor, relation: Tensor, generator: torch.G
 def render(layout: Layout, generator: torch.Generator) -> Tensor:
     """Images (N, 3, 64, 64) in [0, 1]."""
     images = _backgrounds(len(layout.count), generator)
-    grid = torch.arange(SIDE) + 0.5
     for j in range(2):
-        x = grid[None, None, :] - layout.centre[:, j, 0, None, None]
-        y = grid[None, :, None] - layout.centre[:, j, 1, None, None]
-        distance = _distance(x, y, layout.radius[:, j, None, None], layout.shape[:, j])
-        cover = (0.5 - distance).clamp(0, 1) * (layout.count > j)[:, None, None]
         jitter = 0.05 * torch.randn(len(images), 3, generator=generator)
         colour = (PALETTE[layout.colour[:, j]] + jitter).clamp(0, 1)[:, :, None, None]
-        images = torch.lerp(images, colour.expand_as(images), cover[:, None])
+        images = torch.lerp(images, colour.expand_as(images), _cover(layout, j)[:, None])
     return images
+
+
+def cells(layout: Layout) -> Tensor:
+    """What covers most of each latent position, as classes of `CELL_FACTS`; uint8, shape (N, 3, 16, 16)."""
+    facts = torch.tensor(CELL_FACTS, dtype=torch.uint8) - 1
+    result = facts[None, :, None, None].repeat(len(layout.count), 1, LATENT_SIDE, LATENT_SIDE)
+    for j in range(2):
+        here = F.avg_pool2d(_cover(layout, j)[:, None], SIDE // LATENT_SIDE) > 0.5
+        known = torch.stack([layout.shape[:, j], layout.colour[:, j], layout.size[:, j]], 1)
+        result = torch.where(here, known[:, :, None, None].to(torch.uint8), result)
+    return result
+
+
+def _cover(layout: Layout, j: int) -> Tensor:
+    """How much of each pixel the object `j` covers, (N, 64, 64); 0 where a scene has no such object."""
+    grid = torch.arange(SIDE) + 0.5
+    x = grid[None, None, :] - layout.centre[:, j, 0, None, None]
+    y = grid[None, :, None] - layout.centre[:, j, 1, None, None]
+    distance = _distance(x, y, layout.radius[:, j, None, None], layout.shape[:, j])
+    return (0.5 - distance).clamp(0, 1) * (layout.count > j)[:, None, None]
 
 
 def _distance(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from shapes.alignment import LayoutReader
 from shapes.scenes import LATENT_SIDE, SIDE
 from shapes.text import WIDTH
 
@@ -37,6 +38,11 @@ def new_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=TIME_IDS,
         projection_class_embeddings_input_dim=WIDTH + 6 * TIME_IDS,
     )
+
+
+def layout_reader(unet: UNet2DConditionModel) -> LayoutReader:
+    """After the last attention."""
+    return LayoutReader(unet.up_blocks[0], lambda features: features, unet.config.block_out_channels[-1], LATENT_SIDE)
 
 
 def new_scheduler() -> DDIMScheduler:
