@@ -1,20 +1,48 @@
-"""Compensated consumers against exact least squares, and one Cholesky for all levels against one solve a level."""
+"""The solvers: are they exact, how fast are they?
+
+python benchmarks/solver.py                           # consumers against exact least squares; into results/solver.json
+python benchmarks/solver.py order                     # the greedy order, blocked against plain; into solver-order.json
+python benchmarks/solver.py order --sizes 1280 5120   # with fewer sizes
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import Subject, write_results
+from common import ROOT, Subject, write_results
 from stageprune.core.pruning.compensate import compensate, damp, with_bias
+from stageprune.core.pruning.obs import obs_order
+
+OUTPUTS = {1280: 320, 5120: 1280, 12288: 3072}
+"""Neurons of an FFN -> outputs of its consumer: the smallest of SD 1.5, the largest of SD 1.5 and SDXL, FLUX's."""
 
 
 def main() -> None:
-    """Run both parts and write `results/solver.json`."""
+    """Run one part and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("consumers", "order"), default="consumers")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[*OUTPUTS], help="order: neurons")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1], help="order: columns of a unit (1 is a neuron)")
+    parser.add_argument("--removals", type=int, default=20, help="order: units that the plain loop removes when timed")
+    arguments = parser.parse_args()
+    if arguments.part == "consumers":
+        consumers()
+        return
+    torch.set_num_threads(1)
+    rows = [time_order(size, width, arguments.removals) for size in arguments.sizes for width in arguments.widths]
+    write_results("solver-order", {"rows": rows})
+
+
+def consumers() -> None:
+    """Compensated consumers against exact least squares, one Cholesky for all levels against one solve a level."""
     demo = Subject("dit-digits")
     levels = demo.recipe.levels
     calibration = demo.calibrate(40)
@@ -40,6 +68,51 @@ def main() -> None:
         )
     print("worst of all:", f"{max(row['worst'] for row in rows):.1e}")
     write_results("solver", {"levels": levels, "rows": rows})
+
+
+def time_order(size: int, width: int, removals: int) -> dict[str, Any]:
+    """The greedy order of one consumer, on one thread. The plain loop is timed on its first removals only: each of them
+    costs the same, but what it would take for all is not measured.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    from plain import plain_order
+
+    outputs, units = OUTPUTS.get(size, size // 4), size // width
+    removals = min(removals, units)
+    consumer, columns = expected_problem(size, outputs), torch.arange(units * width).view(units, width)
+    started = time.process_time()
+    order = obs_order([consumer], [columns])
+    blocked = time.process_time() - started
+    inverse = cpu_seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(consumer[1])))
+    started = time.process_time()
+    first = plain_order([consumer], [columns], removals)
+    plain = max(time.process_time() - started - inverse, 0.0) / removals
+    row = {
+        "neurons": size,
+        "outputs": outputs,
+        "width": width,
+        "units": units,
+        "blocked_cpu_seconds": blocked,
+        "inverse_cpu_seconds": inverse,
+        "plain_removals": removals,
+        "plain_cpu_seconds_a_removal": plain,
+        "first_removals_equal": order.units[-removals:].tolist() == first.units.tolist(),
+        "largest_loss_difference": float((order.losses[-removals:] / first.losses - 1).abs().max()),
+    }
+    print(
+        f"{size} -> {outputs}, width {width}: all {units} units in {blocked:.2f} s, the inverse alone {inverse:.2f} s; "
+        f"plain loop {plain * 1e3:.1f} ms a removal, the mean of its first {removals}, without the inverse; the same "
+        f"units: {row['first_removals_equal']}, losses within {row['largest_loss_difference']:.0e}",
+        flush=True,
+    )
+    return row
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """CPU time of one call, which other work on the machine hardly changes."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
 def compare(weight: Tensor, hessian: Tensor, columns: Tensor, counts: Sequence[int]) -> dict[str, float]:
@@ -76,6 +149,17 @@ def random_problem(width: int, outputs: int = 192) -> tuple[Tensor, Tensor]:
     rows += 0.3 * torch.randn(4 * width, width, dtype=torch.float64) + torch.randn(width, dtype=torch.float64)
     rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
     return torch.randn(outputs, width + 1, dtype=torch.float64), damp(rows.T @ rows, 0.01)
+
+
+def expected_problem(width: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """What `random_problem` tends to with endless rows, without making them: for widths where they would not fit."""
+    torch.manual_seed(0)
+    mixing, mean = torch.randn(width // 3, width, dtype=torch.float64), torch.randn(width + 1, dtype=torch.float64)
+    mean[-1] = 1  # the constant-1 input
+    hessian = torch.outer(mean, mean)
+    hessian[:-1, :-1].addmm_(mixing.T, mixing)
+    hessian.diagonal()[:-1] += 0.09
+    return torch.randn(outputs, width + 1, dtype=torch.float64), damp(hessian, 0.01)
 
 
 def median_ms(run: Callable[[], object], repeats: int = 5) -> float:

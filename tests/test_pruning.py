@@ -205,7 +205,7 @@ def test_levels_are_sorted_and_hold_dense():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "best"}, "`method` must be one of obs, magnitude, random"),
+        ({"method": "best"}, "`method` must be one of obs, wanda, activation, magnitude, random"),
         ({"order": "both"}, "`order` must be 'shared' or 'stage', got 'both'"),
         ({"consumers": "none"}, "`consumers` must be 'shared' or 'stage'"),
         ({"damping": 0.0}, r"`damping` must be in \(0, 1\)"),
@@ -286,6 +286,15 @@ def test_a_method_can_be_plugged_in(host, calibration, plugged):
 def test_a_method_without_a_docstring_can_be_plugged_in(plugged):
     register_method("bare")(lambda problem: None)
     assert methods()["bare"] == ""
+
+
+def test_what_a_method_needs(plugged):
+    """(a calibration, compensated consumers): the second cannot be without the first."""
+    register_method("plugged", compensates=True)(lambda problem: None)
+    needs = {name: (find_method(name).needs_data, find_method(name).compensates) for name in methods()}
+    assert needs["obs"] == needs["plugged"] == (True, True)
+    assert needs["wanda"] == needs["activation"] == (True, False)
+    assert needs["magnitude"] == needs["random"] == (False, False)
 
 
 def test_bank_lookups(bank):

@@ -4,15 +4,19 @@ from .bank import Bank, Consumer, ConsumerKey, fingerprint_of
 from .levels import DEFAULT_LEVELS, realised_sparsity
 from .methods import methods, register_method
 from .prune import prune
+from .sparse import NM, Share, sparsify
 
 __all__ = [
     "DEFAULT_LEVELS",
+    "NM",
     "Bank",
     "Consumer",
     "ConsumerKey",
+    "Share",
     "fingerprint_of",
     "methods",
     "prune",
     "realised_sparsity",
     "register_method",
+    "sparsify",
 ]

@@ -24,6 +24,15 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([weight.detach().double(), bias.detach().double()[:, None]], dim=1)
 
 
+def finite(hessian: Tensor) -> Tensor:
+    """The Hessian in float64; CalibrationError if it is not finite."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            "a Hessian holds NaN or infinity; recalibrate, in float32 if the model was in half precision."
+        )
+    return hessian.double()
+
+
 def damp(hessian: Tensor, damping: float) -> Tensor:
     """Add `damping` x the mean of the diagonal to the diagonal, in float64.
 
@@ -33,11 +42,7 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         CalibrationError: the matrix is not finite, or stays indefinite: the calibration data are too few or broken.
     """
-    hessian = hessian.double()
-    if not bool(torch.isfinite(hessian).all()):
-        raise CalibrationError(
-            "a Hessian holds NaN or infinity; recalibrate, in float32 if the model was in half precision."
-        )
+    hessian = finite(hessian)
     mean = hessian.diagonal()[:-1].mean()
     for factor in DAMPING_RETRIES:
         damped = hessian.clone()

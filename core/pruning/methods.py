@@ -17,7 +17,8 @@ from .obs import Order, obs_order
 @dataclass(frozen=True)
 class ConsumerProblem:
     """A consumer as a method sees it: its dense weight as a matrix (a convolution's input is a patch) and bias, its
-    damped Hessian (None for data-free methods), and the columns of the group's units, shape (units, columns of one).
+    Hessian, float64 (damped for methods that compensate, None for those that need no data), and the columns of the
+    group's units, shape (units, columns of one).
     """
 
     weight: Tensor
@@ -48,22 +49,42 @@ OrderFunction = Callable[[GroupProblem], Order]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: how it orders, and whether consumers are compensated (which needs a calibration)."""
+    """A registered method.
+
+    Args:
+        order: how it orders.
+        compensates: whether its consumers are compensated; if not, they are slices of the dense ones.
+        needs_data: whether it needs a calibration.
+        summary: one line.
+    """
 
     order: OrderFunction
     compensates: bool
+    needs_data: bool
     summary: str
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def register_method(name: str, *, compensates: bool = False) -> Callable[[OrderFunction], OrderFunction]:
-    """Decorator: make an order function known as a method of `prune`."""
+def register_method(
+    name: str, *, compensates: bool = False, needs_data: bool = False
+) -> Callable[[OrderFunction], OrderFunction]:
+    """Decorator: make an order function known as a method of `prune`.
+
+    Args:
+        name: what `prune` calls it.
+        compensates: give it consumers that make up for what is gone; needs a calibration, whatever `needs_data` says.
+        needs_data: show it the consumers' Hessians.
+
+    Example:
+        >>> @register_method("mean-input", needs_data=True)
+        ... def mean_input(problem): ...
+    """
 
     def register(function: OrderFunction) -> OrderFunction:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        _METHODS[name] = Method(function, compensates, summary)
+        _METHODS[name] = Method(function, compensates, compensates or needs_data, summary)
         return function
 
     return register
@@ -86,9 +107,30 @@ def obs(problem: GroupProblem) -> Order:
     """Greedy structured Optimal Brain Surgeon with compensated consumers (OBS-Diff, MosaicDiff)."""
     consumers = []
     for consumer in problem.consumers:
-        assert consumer.hessian is not None  # prune() requires a calibration for compensating methods
-        consumers.append((with_bias(consumer.weight, consumer.bias), consumer.hessian))
+        consumers.append((with_bias(consumer.weight, consumer.bias), _hessian(consumer)))
     return obs_order(consumers, [consumer.columns for consumer in problem.consumers])
+
+
+@register_method("wanda", needs_data=True)
+def wanda(problem: GroupProblem) -> Order:
+    """Largest sum of |weight| x norm of its input over a unit's consumer columns stays; not compensated (Wanda).
+
+    The score of a weight is that of Sun et al. (arXiv 2306.11695, section 3, equation 1), summed over a whole unit.
+    """
+    score = torch.zeros(problem.group.size, dtype=torch.float64)
+    for consumer in problem.consumers:
+        norms = _energies(consumer).sqrt()
+        score += (consumer.weight.double().abs().sum(0) * norms)[consumer.columns].sum(1).cpu()
+    return _by_score(score)
+
+
+@register_method("activation", needs_data=True)
+def activation(problem: GroupProblem) -> Order:
+    """Largest input energy of a unit's consumer columns stays, whatever their weights; not compensated."""
+    score = torch.zeros(problem.group.size, dtype=torch.float64)
+    for consumer in problem.consumers:
+        score += _energies(consumer)[consumer.columns].sum(1).cpu()
+    return _by_score(score)
 
 
 @register_method("magnitude")
@@ -107,6 +149,16 @@ def random(problem: GroupProblem) -> Order:
     """A random order from the seed; no data, no compensation. The floor that any method must beat."""
     generator = torch.Generator().manual_seed(problem.seed)
     return _by_score(torch.rand(problem.group.size, generator=generator, dtype=torch.float64))
+
+
+def _hessian(consumer: ConsumerProblem) -> Tensor:
+    assert consumer.hessian is not None  # prune() requires a calibration for methods that need data
+    return consumer.hessian
+
+
+def _energies(consumer: ConsumerProblem) -> Tensor:
+    """Sum of x^2 of each input, shape (columns,), without the constant 1."""
+    return _hessian(consumer).diagonal()[:-1]
 
 
 def _by_score(score: Tensor) -> Order:

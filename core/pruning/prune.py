@@ -18,7 +18,7 @@ from ..groups import Group, consumer_sites, find_groups, measure_cost
 from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
 from ..host import Host
 from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
-from .compensate import compensate, damp, with_bias
+from .compensate import compensate, damp, finite, with_bias
 from .levels import DEFAULT_LEVELS, check_sparsities, kept_counts, realised_sparsity, select_groups
 from .methods import ConsumerProblem, GroupProblem, Method, find_method
 
@@ -46,7 +46,7 @@ def prune(
 
     Args:
         host: the pipeline.
-        calibration: Hessians of this denoiser; methods that compensate need it, others ignore it.
+        calibration: Hessians of this denoiser; `obs`, `wanda` and `activation` need it, others ignore it.
         method: one of `stageprune.methods()`.
         levels: sparsities, in [0, 1); dense is always added.
         kinds: unit kinds to prune; by default those that were calibrated, or else heads and neurons.
@@ -103,7 +103,7 @@ def prune(
             "multiple": multiple,
             "seed": seed,
             "seconds": round(time.perf_counter() - started, 2),
-            "calibration": dict(calibration.provenance) if calibration is not None and recipe.compensates else None,
+            "calibration": dict(calibration.provenance) if calibration is not None and recipe.needs_data else None,
         },
     )
 
@@ -123,10 +123,12 @@ def _check(
             raise BankError(f"`{name}` must be 'shared' or 'stage', got {value!r}.")
     if not 0 < damping < 1:
         raise BankError(f"`damping` must be in (0, 1), got {damping}.")
-    if not recipe.compensates:
+    if not recipe.needs_data:
         if "stage" in (order, consumers):
             raise BankError(f"method {method!r} looks at no data, so it has nothing per stage; use 'shared'.")
         return recipe
+    if not recipe.compensates and (order, consumers) == ("shared", "stage"):
+        raise BankError(f"method {method!r} does not compensate: with one order, its consumers are the same per stage.")
     if calibration is None:
         raise BankError(f"method {method!r} needs a `calibration`; make one with stageprune.calibrate.")
     calibration.check_denoiser(fingerprint_of(host.denoiser))
@@ -158,10 +160,11 @@ class _Solver:
         return self.order_stages("stage" if "stage" in (order, consumers) else "shared")
 
     def hessian(self, path: str, stage: int | None) -> Tensor | None:
-        """Damped Hessian in float64."""
-        if self.calibration is None or not self.method.compensates:
+        """Hessian in float64 where the layer is, damped if it is to be inverted; None for data-free methods."""
+        if self.calibration is None or not self.method.needs_data:
             return None
-        return damp(self.calibration.hessian(path, stage), self.damping)
+        hessian = self.calibration.hessian(path, stage).to(layer_at(self.denoiser, path).weight.device)
+        return damp(hessian, self.damping) if self.method.compensates else finite(hessian)
 
     def order(self, group: Group, stage: int | None) -> Tensor:
         """Units of `group`, most important first."""
@@ -188,7 +191,8 @@ class _Solver:
         layer = layer_at(self.denoiser, path)
         entries = consumer_sites(self.groups)[path]
         levels = len(counts[entries[0][0].name])
-        hessian, dense = self.hessian(path, stage), matrix_of(layer).detach()
+        hessian = self.hessian(path, stage) if self.method.compensates else None
+        dense = matrix_of(layer).detach()
         channels, kept_places = _nested_columns(entries, units, counts, inputs_of(layer))
         columns = matrix_columns(channels, taps_of(layer)).to(dense.device)
         places = [matrix_columns(place, taps_of(layer)) for place in kept_places]

@@ -1,0 +1,111 @@
+"""Plain, slow versions of the solvers: what the fast ones must equal. Also timed by `benchmarks/solver.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stageprune.core.pruning.obs import Order
+
+
+def plain_order(consumers: Sequence[tuple[Tensor, Tensor]], columns: Sequence[Tensor], removals: int = -1) -> Order:
+    """Greedy structured OBS, the whole of W and H^-1 updated after every removal; arguments as of `obs_order`.
+
+    Args:
+        consumers: (weight, damped Hessian) of each.
+        columns: of the units in each.
+        removals: stop after so many; -1 removes all.
+    """
+    states = [_State(weight, hessian, cols) for (weight, hessian), cols in zip(consumers, columns, strict=True)]
+    count = len(columns[0])
+    gone = torch.zeros(count, dtype=torch.bool)
+    removed, losses = [], []
+    for _ in range(count if removals < 0 else removals):
+        loss = torch.stack([state.losses() for state in states]).sum(0)
+        loss[gone] = torch.inf
+        unit = int(loss.argmin())
+        removed.append(unit)
+        losses.append(float(loss[unit]))
+        gone[unit] = True
+        for state in states:
+            state.remove(unit)
+    return Order(torch.tensor(removed[::-1]), torch.tensor(losses[::-1], dtype=torch.float64))
+
+
+class _State:
+    """One consumer: W and H^-1, both kept up to date, in float64."""
+
+    def __init__(self, weight: Tensor, hessian: Tensor, columns: Tensor) -> None:
+        self.weight = weight.double().clone()
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+        self.columns = columns
+
+    def losses(self) -> Tensor:
+        if self.columns.shape[1] == 1:
+            column = self.columns[:, 0]
+            return self.weight[:, column].square().sum(0) / self.inverse.diagonal()[column]
+        blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]
+        weights = self.weight[:, self.columns].movedim(0, -1)  # (units, width, out)
+        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+
+    def remove(self, unit: int) -> None:
+        columns = self.columns[unit]
+        rows = self.inverse[columns]
+        step = torch.linalg.solve(rows[:, columns], rows)
+        self.weight -= self.weight[:, columns] @ step
+        self.inverse -= rows.T @ step
+        self.weight[:, columns] = 0
+        self.inverse[columns] = 0
+        self.inverse[:, columns] = 0
+        self.inverse[columns, columns] = 1
+
+
+def brute_force_order(consumers: Sequence[tuple[Tensor, Tensor]], columns: Sequence[Tensor]) -> Order:
+    """The same from nothing but its definition: at every step the best W and the inverse of H on the kept columns."""
+    kept, removed, losses = list(range(len(columns[0]))), [], []
+    while kept:
+        pairs = zip(consumers, columns, strict=True)
+        costs = torch.stack([_costs(weight, hessian, cols[kept]) for (weight, hessian), cols in pairs]).sum(0)
+        place = int(costs.argmin())
+        losses.append(float(costs[place]))
+        removed.append(kept.pop(place))
+    return Order(torch.tensor(removed[::-1]), torch.tensor(losses[::-1], dtype=torch.float64))
+
+
+def _costs(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
+    """tr(W_u ([H^-1]_uu)^-1 W_u^T) of each kept unit, shape (units,)."""
+    stay = torch.cat([columns.flatten(), torch.tensor([len(hessian) - 1])])  # with the bias
+    inverse = torch.linalg.inv(hessian[stay][:, stay])
+    best = weight @ hessian[:, stay] @ inverse
+    costs = []
+    for unit in torch.arange(columns.numel()).view(columns.shape):
+        block = torch.linalg.inv(inverse[unit][:, unit])
+        costs.append(torch.einsum("oi,ij,oj->", best[:, unit], block, best[:, unit]))
+    return torch.stack(costs)
+
+
+def plain_sparsify(weight: Tensor, hessian: Tensor, span: int, zeros_of) -> Tensor:
+    """SparseGPT column by column: no factor, no blocks, but the inverse of what is not yet fixed, anew at each.
+
+    Args:
+        weight: (out, d + 1).
+        hessian: (d + 1, d + 1), damped.
+        span: columns for which the mask is chosen at once.
+        zeros_of: from the costs (out, columns) to a mask of the same shape, True for zeros.
+
+    Returns:
+        (out, d + 1).
+    """
+    weight, size = weight.double().clone(), len(hessian)
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(size - 1)]
+    for j in range(size - 1):
+        if j % span == 0:
+            end = min(j + span, size - 1)
+            variances = torch.stack([inverses[c][0, 0] for c in range(j, end)])
+            mask = zeros_of(weight[:, j:end].square() / variances)
+        gone = torch.where(mask[:, j % span], weight[:, j], 0.0)
+        weight[:, j:] -= gone[:, None] / inverses[j][0, 0] * inverses[j][0]
+        weight[mask[:, j % span], j] = 0
+    return weight
