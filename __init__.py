@@ -20,7 +20,7 @@ from .core.hosts.diffusers.attach import (
     is_stage_pruning_enabled,
     stage_pruning_summary,
 )
-from .core.planning import Allocation, ErrorTable
+from .core.planning import Allocation, ErrorTable, MosaicSettings
 from .core.pruning import Bank, methods, register_method
 from .core.schedule import Stage, StageSchedule
 from .core.version import __version__
@@ -35,6 +35,7 @@ __all__ = [
     "ErrorTable",
     "InputSize",
     "Judge",
+    "MosaicSettings",
     "Report",
     "Stage",
     "StagePruneError",

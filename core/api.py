@@ -11,12 +11,12 @@ from . import evaluation as _evaluation
 from . import planning as _planning
 from . import pruning as _pruning
 from .bundle import Bundle, load_bundle
-from .calibration import Calibration
+from .calibration import Alpha, Calibration
 from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost, Size
-from .planning import ErrorTable
+from .planning import ErrorTable, MosaicSettings, Stages
 from .pruning import DEFAULT_LEVELS, Bank
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
@@ -59,7 +59,7 @@ def calibrate(
     guidance: float | None = None,
     size: Size | None = None,
     stages: int | Sequence[float] = 1,
-    alpha: str = "uniform",
+    alpha: Alpha = "uniform",
     kinds: Sequence[str] = ("head", "neuron"),
     seed: int = 0,
     batch_size: int = 16,
@@ -74,7 +74,8 @@ def calibrate(
         guidance: guidance scale, the pipeline's usual one by default; above 1 the unconditional pass is recorded too.
         size: of the images in pixels, a side or (height, width); what the pipeline makes by itself by default.
         stages: equal stages kept apart (needed for orders or consumers per stage), or inner boundaries in tau, falling.
-        alpha: weight of each step: `uniform` or `log-decrease` (OBS-Diff, equation 5).
+        alpha: weight of each step: `uniform`, `log-decrease` (OBS-Diff, equation 5), `log-increase`, `linear-decrease`,
+            `linear-increase`, or a function from tau in [0, 1] to a weight.
         kinds: unit kinds that will be pruned; add `channel` for the convolutions of a UNet (their Hessians are large).
         seed: first seed.
         batch_size: prompts that run together.
@@ -121,7 +122,7 @@ def prune(
 
     Args:
         pipe: the pipeline that was calibrated.
-        calibration: its Hessians; data-free methods (`magnitude`, `random`) need none.
+        calibration: its Hessians; `obs`, `wanda` and `activation` need them, `magnitude` and `random` do not.
         method: one of `stageprune.methods()`.
         levels: sparsities in [0, 1), the share of prunable MACs to remove; dense is always added.
         kinds: unit kinds to prune: `head`, `neuron`, and for UNets `channel`; by default those that were calibrated.
@@ -160,42 +161,55 @@ def allocate(
     pipe: Any,
     bank: Bank,
     *,
-    target: str | float = "macs:0.67",
+    target: str | float | None = None,
     strategy: str = "measured",
     prompts: Sequence[Prompt] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     size: Size | None = None,
-    stages: int | Sequence[float] | None = None,
+    stages: Stages | None = None,
+    empty: str | None = None,
+    levels: Sequence[float] | None = None,
     seed: int = 10_000,
     batch_size: int = 32,
     table: ErrorTable | None = None,
+    mosaic: MosaicSettings | None = None,
 ) -> _planning.Allocation:
-    """Choose a level for each stage under a budget of MACs over the steps that the sampler really runs.
+    """Choose a level for each stage under a budget over the steps that the sampler really runs.
 
     Args:
         pipe: the pipeline that the bank was made from.
         bank: the levels to choose from.
-        target: `macs:0.67` is 0.67 of the dense MACs over the same steps.
-        strategy: `uniform` or `measured` (error table, exact dynamic programming, check on held-out seeds).
+        target: `macs:0.67`, the default, is 0.67 of the dense MACs over the same steps; `latency:0.77` and
+            `speedup:1.3` count time, measured on this device; `sparsity:0.3` is the mean of the levels' sparsities.
+        strategy: `measured` (error table, exact dynamic programming, check on held-out seeds), `uniform`, `mosaic`
+            (MosaicDiff's closed form), `pattern:front`, `back`, `middle`, `ends` or `zigzag` (Diff-ES's fixed shapes),
+            or `hand` with `levels`.
         prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
         size: of the images in pixels, a side or (height, width); what the bank was made for by default.
-        stages: number of equal stages or inner boundaries in tau; 5 by default, or the bank's own.
+        stages: a number of stages equal in tau; `equal-tau`, `equal-steps` or `equal-logsnr`, each with a number behind
+            a colon if wanted (`equal-steps:4`); `mosaic`; or inner boundaries in tau, falling. 5 by default, or the
+            bank's own.
+        empty: a stage that no step visits is refused (`refuse`, the default for stages that were asked for) or joined
+            to its neighbour (`merge`, the default for the default stages).
+        levels: for `hand`, the sparsity of each stage, noisiest first; checked against `target` if that is given.
         seed: first probe seed.
         batch_size: probes that run together.
-        table: `Allocation.table` of an earlier call with the same bank, stages and steps.
+        table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and size.
+        mosaic: parameters of MosaicDiff's closed form.
 
     Returns:
         An `Allocation`: the schedule, its executed cost, the error table and the candidates that were tried.
 
     Raises:
-        AllocationError: no level is cheap enough, or a stage is visited by no step.
+        AllocationError: no level is cheap enough, a stage is visited by no step, or `table` was measured otherwise.
 
     Example:
         >>> allocation = stageprune.allocate(pipe, bank, target="macs:0.67")
         >>> stageprune.Bundle(bank, allocation.schedule).save("out/bundle")
+        >>> stageprune.allocate(pipe, bank, target="speedup:1.3", stages="equal-steps:4")
     """
     return _planning.allocate(
         host_at(pipe, size, bank),
@@ -206,9 +220,12 @@ def allocate(
         steps=steps,
         guidance=guidance,
         stages=stages,
+        empty=empty,
+        levels=levels,
         seed=seed,
         batch_size=batch_size,
         table=table,
+        mosaic=mosaic,
     )
 
 

@@ -22,20 +22,26 @@ from .cli_options import (
     BundleArgument,
     Device,
     Dtype,
+    Empty,
     Guidance,
     Kinds,
+    Levels,
     Out,
     OwnSize,
     Pipe,
     Prompts,
     Size,
+    Stages,
     Steps,
+    Strategy,
+    Target,
     default_judge,
     load,
     numbers,
     pixels,
     read_prompts,
     repeat,
+    stages_of,
     words,
 )
 
@@ -68,7 +74,9 @@ def calibrate(
     size: OwnSize = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
     kinds: Kinds = None,
-    alpha: Annotated[str, typer.Option(help="Weight of the steps: uniform or log-decrease.")] = "uniform",
+    alpha: Annotated[
+        str, typer.Option(help="Weight of the steps: uniform, or log- or linear-, -decrease or -increase.")
+    ] = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     batch_size: Batch = 16,
     device: Device = "auto",
@@ -105,7 +113,7 @@ def prune(
         Path | None, typer.Option(help="What `calibrate` wrote. Data-free methods need none.")
     ] = None,
     out: Out = Path("out/bank"),
-    method: Annotated[str, typer.Option(help="obs, magnitude or random.")] = "obs",
+    method: Annotated[str, typer.Option(help="obs, wanda, activation, magnitude or random.")] = "obs",
     levels: Annotated[str, typer.Option(help="Sparsities of the levels.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7",
     kinds: Kinds = None,
     order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
@@ -145,12 +153,11 @@ def allocate(
     pipe: Pipe,
     bundle: BundleArgument,
     out: Out = Path("out/bundle"),
-    target: Annotated[str, typer.Option(help="Budget: macs:0.67 is 0.67 of the executed dense MACs.")] = "macs:0.67",
-    strategy: Annotated[str, typer.Option(help="measured, uniform, or hand (with --levels).")] = "measured",
-    levels: Annotated[
-        str | None, typer.Option(help="With --strategy hand: sparsity of each stage, noisiest first.")
-    ] = None,
-    stages: Annotated[int | None, typer.Option(min=1, help="Number of equal stages. Default: 5.")] = None,
+    target: Target = None,
+    strategy: Strategy = "measured",
+    levels: Levels = None,
+    stages: Stages = None,
+    empty: Empty = None,
     prompts: Prompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -159,33 +166,32 @@ def allocate(
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Choose a level for each stage under a budget and save the bundle with that schedule."""
+    """Choose a level for each stage under a budget and save the bundle with that schedule.
+
+    A stage is a part of the denoising, from noise to image; a level is how much of the model is left out there.
+
+    For a first try: stageprune allocate PIPE BUNDLE --target macs:0.67
+    """
     from .api import allocate as run
     from .bundle import Bundle
-    from .schedule import StageSchedule
 
-    bank = Bundle.load(bundle).bank
-    if strategy == "hand":
-        schedule = StageSchedule.from_levels(numbers(levels or "", "--levels"))
-        typer.echo(str(schedule))
-    else:
-        pipeline = load(pipe, device, dtype)
-        allocation = run(
-            pipeline,
-            bank,
-            target=target,
-            strategy=strategy,
-            prompts=read_prompts(prompts, pipeline) if prompts else None,
-            steps=steps,
-            guidance=guidance,
-            size=pixels(size),
-            stages=stages,
-            batch_size=batch_size,
-        )
-        schedule = allocation.schedule
-        out.parent.mkdir(parents=True, exist_ok=True)
-        typer.echo(f"{allocation.table or ''}\n{allocation}".strip())
-    Bundle(bank, schedule).save(out)
+    bank, pipeline = Bundle.load(bundle).bank, load(pipe, device, dtype)
+    allocation = run(
+        pipeline,
+        bank,
+        target=target,
+        strategy=strategy,
+        prompts=read_prompts(prompts, pipeline) if prompts else None,
+        steps=steps,
+        guidance=guidance,
+        size=pixels(size),
+        stages=stages_of(stages),
+        empty=empty,
+        levels=numbers(levels, "--levels") if levels else None,
+        batch_size=batch_size,
+    )
+    typer.echo(f"{allocation.table or ''}\n{allocation}".strip())
+    Bundle(bank, allocation.schedule).save(out)
     typer.echo(f"saved to {out}")
 
 

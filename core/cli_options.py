@@ -40,6 +40,43 @@ Kinds = Annotated[
         "head,neuron; for `prune`, those that were calibrated."
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget over the steps that the sampler runs: macs:0.67 (0.67 of the dense MACs; the default), "
+        "latency:0.77 (of the time, measured on this device), speedup:1.3 (the dense time over 1.3), sparsity:0.3 "
+        "(mean sparsity of the steps). --strategy hand has none unless it is given."
+    ),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="How levels are chosen. measured: measure what each stage loses at each level, choose exactly, check on "
+        "other seeds (minutes; the best). uniform: one level everywhere. mosaic: MosaicDiff's formula, more pruning "
+        "where the image changes slowly. pattern:front (last steps most), pattern:back (first steps most), "
+        "pattern:middle, pattern:ends, pattern:zigzag; pattern:ramp-down and pattern:ramp-up are front and back: "
+        "fixed shapes. hand: with --levels."
+    ),
+]
+Stages = Annotated[
+    str | None,
+    typer.Option(
+        help="Where stages end. A number: so many, equal in noise level (default: 5; for hand one a level). "
+        "equal-steps:5: each with as many steps. equal-logsnr:5: equal in signal-to-noise ratio. mosaic: MosaicDiff's "
+        "three. Or the boundaries: noise levels from 1 (pure noise) to 0, as 0.8,0.5."
+    ),
+]
+Empty = Annotated[
+    str | None,
+    typer.Option(
+        help="What happens to a stage in which no step falls: refuse (say so and stop; default with --stages) or merge "
+        "(into its neighbour; default without)."
+    ),
+]
+Levels = Annotated[
+    str | None,
+    typer.Option(help="With --strategy hand: sparsity of each stage, noisiest (first steps) first, as 0,0.5,0.7."),
+]
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
@@ -88,6 +125,13 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise StagePruneError(f"{option} must be numbers separated by commas, got {text!r}.") from None
+
+
+def stages_of(text: str | None) -> int | str | list[float] | None:
+    """A `--stages`: a number, boundaries, or a partition's name."""
+    if text is None or text.isdigit():
+        return None if text is None else int(text)
+    return numbers(text, "--stages") if re.match(r"[\d.]", text) else text
 
 
 def default_judge(pipe: str) -> Path | None:

@@ -4,6 +4,7 @@ ComfyUI.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,26 @@ class InputSize:
     def __str__(self) -> str:
         text = "" if self.text is None else f" and {self.text} text tokens"
         return f"latents of {self.height} x {self.width}{text}"
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """What the denoiser's input is made of: x_t = signal * x_0 + noise * eps, eps of unit variance.
+
+    Args:
+        signal: sqrt(alpha_bar_t) for DDPM-like models, 1 - sigma for flow matching.
+        noise: sqrt(1 - alpha_bar_t), or sigma.
+    """
+
+    signal: float
+    noise: float
+
+    @property
+    def log_snr(self) -> float:
+        """ln(signal^2 / noise^2): infinite for a clean image, minus infinite for pure noise (zero terminal SNR)."""
+        if self.signal <= 0:
+            return -math.inf
+        return 2 * math.log(self.signal / self.noise) if self.noise > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,11 @@ class Host(Protocol):
 
     def taus(self, steps: int) -> list[float]:
         """Noise level of each call of the (guided) denoiser that the sampler makes for `steps`, in order."""
+
+    def noise_levels(self, taus: Sequence[float]) -> list[NoiseLevel]:
+        """Signal and noise in the denoiser's input at each tau. They depend on the model's noise schedule alone, not on
+        the steps that a sampler takes.
+        """
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""

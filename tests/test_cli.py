@@ -98,7 +98,59 @@ def test_hand_written_levels(folder, monkeypatch, capsys, banks):
         "--strategy", "hand", "--levels", "0,0.5,0.7",
     )  # fmt: skip
     assert code == 0, out
+    assert "target 1.000 of the dense MACs, executes" in out
     assert Bundle.load(folder / "by-hand").schedule.levels == [0, 0.5, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("options", "edges"),
+    [
+        (("--strategy", "uniform"), [1, 0.8, 0.6, 0.4, 0.2, 0]),
+        (("--strategy", "pattern:ends", "--stages", "4"), [1, 0.75, 0.5, 0.25, 0]),
+        (("--strategy", "mosaic", "--steps", "20", "--target", "sparsity:0.3"), None),
+        (("--strategy", "pattern:back", "--stages", "equal-steps:2", "--steps", "4"), [1, 0.624, 0]),
+        (("--strategy", "pattern:back", "--stages", "0.9,.5", "--target", "0.8"), [1, 0.9, 0.5, 0]),
+        (("--strategy", "pattern:zigzag", "--stages", "10", "--empty", "merge", "--steps", "2"), [1, 0.5, 0]),
+    ],
+)
+def test_strategies_and_stages(options, edges, folder, monkeypatch, capsys, banks):
+    Bundle(banks["shared-shared"]).save(folder / "plain")
+    allocate = ("allocate", folder / "pipe", folder / "plain", "-o", folder / "planned", "--device", "cpu", *options)
+    code, out, err = run(monkeypatch, capsys, *allocate)
+    assert code == 0, err
+    found = Bundle.load(folder / "planned").schedule.edges
+    assert found == pytest.approx(edges) if edges else len(found) == 4
+    assert "of the dense" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strategy", "hand"), "strategy 'hand' needs `levels`"),
+        (("--strategy", "hand", "--levels", "0,0.2", "--target", "0.5"), "`levels` are over the budget"),
+        (("--strategy", "best"), "`strategy` must be one of"),
+        (("--stages", "thirds"), "`stages` must be a number, boundaries in tau, or one of equal-tau"),
+        (("--stages", "0.5,x"), "--stages must be numbers separated by commas"),
+        (("--stages", "10", "--steps", "4"), "no step of a 4-step run falls in stage 1"),
+        (("--target", "seconds:3"), "`target` must look like"),
+        (("--empty", "fill"), "`empty` must be one of refuse, merge"),
+    ],
+)
+def test_allocate_says_what_is_wrong(options, message, folder, monkeypatch, capsys, banks):
+    Bundle(banks["shared-shared"]).save(folder / "plain")
+    code, _, err = run(monkeypatch, capsys, "allocate", folder / "pipe", folder / "plain", *options)
+    assert code == 2 and message in " ".join(err.split())
+
+
+def test_help_names_every_strategy_and_partition(monkeypatch, capsys):
+    from stageprune.core.planning import PARTITIONS
+    from stageprune.core.planning.allocate import STRATEGIES
+
+    monkeypatch.setenv("COLUMNS", "400")
+    _, out, _ = run(monkeypatch, capsys, "allocate", "--help")
+    known = [*STRATEGIES, *(name for name in PARTITIONS if name != "equal-tau"), "refuse", "merge"]  # the plain number
+    assert [name for name in known if name not in out] == []
+    assert all(target in out for target in ("macs:0.67", "latency:0.77", "speedup:1.3", "sparsity:0.3"))
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -187,7 +187,29 @@ def test_target(text, value):
     assert Target.parse(Target.parse(text)) == Target("macs", value)
 
 
-@pytest.mark.parametrize("text", ["macs:0", "0", "1.5", "-0.5", "half", "latency:0.5", "", float("nan"), "macs:", True])
+@pytest.mark.parametrize(
+    ("text", "target", "share"),
+    [
+        ("latency:0.77", Target("latency", 0.77), 0.77),
+        ("speedup:1.25", Target("speedup", 1.25), 0.8),
+        ("speedup:1", Target("speedup", 1), 1),
+        ("sparsity:0.3", Target("sparsity", 0.3), 0.7),
+        ("sparsity:0", Target("sparsity", 0), 1),
+    ],
+)
+def test_other_targets(text, target, share):
+    assert Target.parse(text) == target
+    assert target.share == pytest.approx(share)
+    assert Target.parse(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "macs:0", "0", "1.5", "-0.5", "half", "latency:0", "latency:1.2", "speedup:0", "speedup:0.9", "sparsity:1",
+        "seconds:3", "", float("nan"), "macs:", True,
+    ],
+)  # fmt: skip
 def test_bad_target(text):
     with pytest.raises(AllocationError, match=r"`target` must look like 'macs:0.67' with a share in \(0, 1\], got"):
         Target.parse(text)

@@ -1,7 +1,7 @@
 """Second moments of the consumers' inputs along the pipeline's own trajectories."""
 
-from .alpha import step_weights
+from .alpha import ALPHAS, Alpha, step_weights
 from .calibrate import calibrate
 from .calibration import Calibration
 
-__all__ = ["Calibration", "calibrate", "step_weights"]
+__all__ = ["ALPHAS", "Alpha", "Calibration", "calibrate", "step_weights"]

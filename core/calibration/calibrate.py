@@ -17,7 +17,7 @@ from ..groups import Group, consumer_sites, find_groups, width_groups
 from ..groups.layer import layer_at, matrix_of
 from ..host import Host, Prompt
 from ..schedule import StageSchedule
-from .alpha import step_weights
+from .alpha import Alpha, alpha_name, step_weights
 from .calibration import Calibration
 from .hessian import HessianRecorder
 
@@ -32,7 +32,7 @@ def calibrate(
     steps: int = 25,
     guidance: float = 1.5,
     stages: int | Sequence[float] = 1,
-    alpha: str = "uniform",
+    alpha: Alpha = "uniform",
     kinds: Sequence[str] = ("head", "neuron"),
     seed: int = 0,
     batch_size: int = 16,
@@ -46,7 +46,7 @@ def calibrate(
         steps: sampling steps.
         guidance: guidance scale; above 1 the unconditional pass is recorded too.
         stages: number of equal stages kept apart, or the inner boundaries in tau, falling. 1 pools everything.
-        alpha: weight of each step, `uniform` or `log-decrease`.
+        alpha: weight of each step: a name in `ALPHAS`, or a function of tau.
         kinds: unit kinds that will be pruned. `channel` is left out by default: the Hessian of a 3 x 3 convolution has
             81 times the numbers of a Linear's of as many channels.
         seed: first seed.
@@ -55,8 +55,8 @@ def calibrate(
             on from there, to the identical result.
 
     Raises:
-        CalibrationError: no prompts, no such kind of unit, too few data for the Hessians' rank, or a checkpoint of
-            another call.
+        CalibrationError: no prompts, no such kind of unit or weight, too few data for the Hessians' rank, or a
+            checkpoint of another call.
 
     Example:
         >>> calibration = calibrate(host, prompts=[0, 1, 2, 3] * 8, steps=20, checkpoint="calibration.part")
@@ -69,19 +69,21 @@ def calibrate(
     groups = width_groups(find_groups(host.denoiser))
     paths = consumer_sites(_of_kinds(groups, kinds))
     widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in paths}
+    weights = step_weights(alpha, host.taus(steps))
     provenance = {
         **host.describe(),
         "prompts": list(prompts),
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
-        "alpha": alpha,
+        "alpha": alpha_name(alpha),
+        **({"alpha_weights": weights} if callable(alpha) else {}),  # a name does not tell two functions apart
         "kinds": sorted(kinds),
         "batch_size": batch_size,
     }
     recorder = HessianRecorder(host.denoiser, widths, len(schedule.stages))
     fingerprint = Fingerprint.of(host.denoiser, list(consumer_sites(groups)))
-    run = _Run(host, recorder, schedule, step_weights(alpha, len(host.taus(steps))), provenance, fingerprint)
+    run = _Run(host, recorder, schedule, weights, provenance, fingerprint)
     done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
     with progress.bar(len(prompts), "calibrating", "prompt") as bar:
         bar.update(done)

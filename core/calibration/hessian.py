@@ -38,6 +38,8 @@ class HessianRecorder:
         """Add one call's inputs of the consumer at `path` to the current stage: shape (..., columns), or (batch,
         channels, height, width) of a convolution.
         """
+        if self.alpha == 0:
+            return  # inputs that do not count must not count for the rank either
         for rows in design_rows(layer_at(self.denoiser, path), inputs.detach()):
             self._add_rows(path, rows.float())
 

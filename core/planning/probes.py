@@ -102,6 +102,7 @@ def stage_starts(stages: StageSchedule, taus: Sequence[float], steps: int) -> li
         stage = stages.stages[unvisited[0]]
         raise AllocationError(
             f"no step of a {steps}-step run falls in stage {unvisited[0]} (tau {stage.high:g} to {stage.low:g}), so "
-            "pruning it would save nothing. Use fewer `stages`, or boundaries that the steps visit."
+            "pruning it would save nothing. Use fewer `stages`, or boundaries that the steps visit, as those of "
+            "`stages='equal-steps'`; or `empty='merge'`."
         )
     return [visited.index(stage) for stage in range(len(stages.stages))]

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .. import progress
+from ..errors import AllocationError
+from ..host import Host
+from ..pruning import Bank
 from ..schedule import StageSchedule
 from .probes import Probes
+from .sampling import Sampling
+
+
+@dataclass(frozen=True)
+class TableOrigin:
+    """What an error table was measured with, beside its stages and levels. It holds for nothing else.
+
+    Args:
+        steps: sampling steps.
+        guidance: guidance scale.
+        size: of the images in pixels, height and width; None where the host cannot tell.
+        sampler: class of the scheduler; None where the host cannot tell.
+        method: what made the bank.
+        bank: digest of the bank: its denoiser, orders, kept counts and consumers.
+    """
+
+    steps: int
+    guidance: float
+    size: tuple[int, ...] | None
+    sampler: str | None
+    method: str
+    bank: str
+
+    @classmethod
+    def of(cls, host: Host, bank: Bank, steps: int, guidance: float) -> TableOrigin:
+        """What a table would be measured with now."""
+        told = host.describe()
+        size = told.get("size")
+        return cls(
+            steps=steps,
+            guidance=float(guidance),
+            size=None if size is None else tuple(size),
+            sampler=told.get("scheduler"),
+            method=bank.method,
+            bank=digest_of(bank),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TableOrigin:
+        """Inverse of `asdict`, of JSON."""
+        size = data["size"]
+        return cls(**{**data, "size": None if size is None else tuple(size)})
 
 
 @dataclass(frozen=True)
@@ -23,7 +70,11 @@ class ErrorTable:
         errors: per stage and level; 0 for dense.
         standard_errors: of those means.
         probes: number of probes.
-        steps: sampling steps.
+        origin: what it was measured with.
+
+    Example:
+        >>> ErrorTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+        True
     """
 
     edges: tuple[float, ...]
@@ -31,7 +82,12 @@ class ErrorTable:
     errors: tuple[tuple[float, ...], ...]
     standard_errors: tuple[tuple[float, ...], ...]
     probes: int
-    steps: int
+    origin: TableOrigin
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps."""
+        return self.origin.steps
 
     def predict(self, levels: Sequence[float]) -> float:
         """Error of a schedule if the stages' errors simply add up."""
@@ -39,7 +95,22 @@ class ErrorTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and reports."""
-        return dict(self.__dict__)
+        return {**self.__dict__, "origin": asdict(self.origin)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ErrorTable:
+        """Inverse of `to_dict`. AllocationError names what is missing."""
+        try:
+            return cls(
+                edges=tuple(data["edges"]),
+                sparsities=tuple(data["sparsities"]),
+                errors=tuple(tuple(row) for row in data["errors"]),
+                standard_errors=tuple(tuple(row) for row in data["standard_errors"]),
+                probes=data["probes"],
+                origin=TableOrigin.from_dict(data["origin"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise AllocationError(f"the data are no error table, or one of another version: {error}.") from None
 
     def __str__(self) -> str:
         lines = [
@@ -72,7 +143,47 @@ def measure_error_table(probes: Probes, sparsities: Sequence[float], steps: int)
             means.append(tuple(float(error.mean()) for error in errors))
             deviations.append(tuple(_standard_error(error) for error in errors))
     probes_run = sum(len(batch.final) for batch in probes.batches)
-    return ErrorTable(tuple(stages.edges), tuple(sparsities), tuple(means), tuple(deviations), probes_run, steps)
+    origin = TableOrigin.of(probes.host, probes.pruner.bank, steps, probes.guidance)
+    return ErrorTable(tuple(stages.edges), tuple(sparsities), tuple(means), tuple(deviations), probes_run, origin)
+
+
+def check_table(table: ErrorTable, stages: StageSchedule, bank: Bank, sampling: Sampling) -> None:
+    """AllocationError if `table` was measured with anything else than a new one would be now."""
+    origin = TableOrigin.of(sampling.host, bank, sampling.steps, sampling.guidance)
+    wanted = {"edges": tuple(stages.edges), "levels": bank.sparsities, **asdict(origin)}
+    found = {"edges": table.edges, "levels": table.sparsities, **asdict(table.origin)}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise AllocationError(
+                f"`table` was measured with {name} {found[name]}, this allocation needs {value}. Leave `table` out to "
+                "measure a new one."
+            )
+
+
+def digest_of(bank: Bank) -> str:
+    """What tells a bank from others: one hash of its denoiser, orders, kept counts and sampled values of its consumers.
+
+    Saving and loading do not change it.
+    """
+    plain = {
+        "method": bank.method,
+        "fingerprint": bank.fingerprint.to_dict(),
+        "kept": {name: list(counts) for name, counts in sorted(bank.kept.items())},
+        "edges": list(bank.edges),
+        "orders": {name: order.tolist() for name, order in sorted(bank.orders.items())},
+        "consumers": [
+            [*key, *_few_values(consumer.weight), *_few_values(consumer.bias)]
+            for key, consumer in sorted(bank.consumers.items())
+        ],
+    }
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+
+
+def _few_values(tensor: torch.Tensor) -> list[float]:
+    """The first, the middle and the last number: exact on any device, unlike a sum."""
+    flat = tensor.reshape(-1)
+    values: list[float] = flat[[0, len(flat) // 2, -1]].double().tolist()
+    return values
 
 
 def _standard_error(values: torch.Tensor) -> float:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import StagePruneError
 from ...groups import families
-from ...host import Conditions, InputSize, Prompt, SamplerState, TauReader
+from ...host import Conditions, InputSize, NoiseLevel, Prompt, SamplerState, TauReader
+from .noise import noise_levels
 from .pipelines import PipelineAdapter, Sampler, Size, adapter_for, as_pixels, find_adapter
 from .timesteps import TimestepReader, reader_for
 
@@ -77,6 +78,10 @@ class DiffusersHost:
         reader, adapter = self._reader, self.adapter
         timesteps = self._scheduler(steps).timesteps
         return [reader((), {reader.argument: adapter.time_argument(self.pipe, timestep)}) for timestep in timesteps]
+
+    def noise_levels(self, taus: Sequence[float]) -> list[NoiseLevel]:
+        """Of the scheduler's noise schedule: DDPM-like, or flow matching, whose tau is sigma, shifted already."""
+        return noise_levels(self.pipe.scheduler, taus)
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""

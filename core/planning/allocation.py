@@ -1,0 +1,154 @@
+"""What a strategy is given, what it returns, and which strategies there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..pruning import Bank
+from ..runtime import StagePruner
+from ..schedule import ExecutedCost, StageSchedule, Target, executed_calls, executed_cost
+from .costs import UNITS, Budget
+from .partitions import Stages
+from .sampling import Sampling
+from .table import ErrorTable
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that was tried, its predicted error and the one measured on held-out seeds."""
+
+    name: str
+    levels: tuple[float, ...]
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What `allocate` found.
+
+    Args:
+        schedule: the schedule.
+        strategy: the strategy that chose it.
+        target: the budget.
+        executed: its MACs over the sampler's steps.
+        spent: its cost over the dense one, in the target's unit: MACs, measured time or units.
+        table: the error table (`measured` only).
+        candidates: what was tried on held-out seeds, best first (`measured` only).
+    """
+
+    schedule: StageSchedule
+    strategy: str
+    target: Target
+    executed: ExecutedCost
+    spent: float
+    table: ErrorTable | None = None
+    candidates: tuple[Candidate, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and reports."""
+        return {
+            "schedule": self.schedule.to_dict(),
+            "strategy": self.strategy,
+            "target": self.target.value,
+            "target_kind": self.target.kind,
+            "spent": self.spent,
+            "macs_share": self.executed.share,
+            "calls": self.executed.calls,
+            "table": self.table.to_dict() if self.table else None,
+            "candidates": [candidate.__dict__ for candidate in self.candidates],
+        }
+
+    def __str__(self) -> str:
+        unit, macs = UNITS[self.target.kind], UNITS["macs"]
+        budget = f"  target {self.target.share:.3f} of the dense {unit.name}, {unit.verb} {self.spent:.3f}"
+        if unit != macs:
+            budget += f" ({self.target}; {macs.verb} {self.executed.share:.3f} of the dense {macs.name})"
+        lines = [str(self.schedule), budget]
+        for candidate in self.candidates:
+            levels = ", ".join(f"{level:g}" for level in candidate.levels)
+            lines.append(
+                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}, "
+                f"held-out {candidate.measured:.2e}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `allocate`, as a strategy gets them.
+
+    Args:
+        sampling: the pipeline with its prompts, steps and guidance.
+        bank: the levels to choose from.
+        budget: the target, and what a call costs at each level.
+        stages: the stage partition, every stage visited by some step; its levels are those given by hand, or dense.
+        pruner: the bank on the pipeline's denoiser, dense, every level resident; to be left so.
+        table: an error table of the same stages, levels and sampling, if there is one already.
+    """
+
+    sampling: Sampling
+    bank: Bank
+    budget: Budget
+    stages: StageSchedule
+    pruner: StagePruner
+    table: ErrorTable | None = None
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Denoiser calls of each stage."""
+        return executed_calls(self.stages, self.sampling.taus)
+
+    @property
+    def limit(self) -> int:
+        """Largest cost of all calls, in the budget's unit."""
+        return self.budget.limit(len(self.sampling.taus))
+
+    def allocation(
+        self,
+        strategy: str,
+        levels: Sequence[float],
+        table: ErrorTable | None = None,
+        candidates: tuple[Candidate, ...] = (),
+    ) -> Allocation:
+        """The result that runs the stages at `levels`."""
+        schedule, taus = self.stages.with_levels(levels), self.sampling.taus
+        executed = executed_cost(schedule, taus, self.bank.macs(self.pruner.cost))
+        spent = self.budget.share(schedule, taus)
+        return Allocation(schedule, strategy, self.budget.target, executed, spent, table, candidates)
+
+
+Strategy = Callable[[Request], Allocation]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered strategy.
+
+    Args:
+        run: the strategy.
+        stages: the partition that it works on unless another is asked for.
+    """
+
+    run: Strategy
+    stages: Stages
+
+
+STRATEGIES: dict[str, Entry] = {}
+
+
+def register_strategy(name: str, stages: Stages = "equal-tau") -> Callable[[Strategy], Strategy]:
+    """Decorator: make a strategy known to `allocate`.
+
+    Args:
+        name: as users give it.
+        stages: the partition that it works on by default.
+    """
+
+    def register(function: Strategy) -> Strategy:
+        STRATEGIES[name] = Entry(function, stages)
+        return function
+
+    return register

@@ -1,0 +1,62 @@
+"""What is sampled while planning, and how: all of a run that does not depend on the bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..errors import AllocationError
+from ..host import Host, Prompt, sample
+from .mosaic import MosaicSettings, grid, scores
+
+SAMPLES = 8
+"""Dense samples that the mean square of the data is measured on."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A pipeline with its prompts, steps and guidance.
+
+    Args:
+        host: the pipeline, dense.
+        prompts: of the probes.
+        steps: sampling steps.
+        guidance: guidance scale.
+        seed: first probe seed; each prompt has the next one.
+        batch_size: samples that run together.
+        mosaic: parameters of MosaicDiff's closed form.
+    """
+
+    host: Host
+    prompts: Sequence[Prompt]
+    steps: int
+    guidance: float
+    seed: int = 10_000
+    batch_size: int = 32
+    mosaic: MosaicSettings = field(default_factory=MosaicSettings)
+
+    @cached_property
+    def taus(self) -> list[float]:
+        """Noise level of each denoiser call."""
+        return self.host.taus(self.steps)
+
+    @cached_property
+    def mosaic_scores(self) -> list[float]:
+        """MosaicDiff's score at tau = 0, 0.001, ... 0.999."""
+        return scores(self.host.noise_levels(grid()), self._mean_square(), self.mosaic.snr_weight)
+
+    def _mean_square(self) -> float:
+        """Mean square of the data's values: as given, or of the pipeline's own latents (no data set is needed)."""
+        if self.mosaic.mean_square is not None:
+            return self.mosaic.mean_square
+        prompts = list(self.prompts[:SAMPLES]) or self.host.default_prompts()[:SAMPLES]
+        seeds = range(self.seed, self.seed + len(prompts))
+        latents = sample(self.host, self.host.encode(prompts), seeds, self.steps, self.guidance, self.batch_size)
+        value = float(latents.float().square().mean())
+        if not 0 < value < float("inf"):
+            raise AllocationError(
+                f"the mean square of {len(prompts)} dense samples is {value}, so MosaicDiff's closed form says nothing "
+                "about this pipeline; give `MosaicSettings(mean_square=...)`."
+            )
+        return value

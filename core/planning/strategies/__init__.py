@@ -1,0 +1,5 @@
+"""Ways to choose a level for each stage under a budget; importing this registers them."""
+
+from . import hand, measured, mosaic, pattern, uniform
+
+__all__ = ["hand", "measured", "mosaic", "pattern", "uniform"]
