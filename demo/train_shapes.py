@@ -84,7 +84,7 @@ def vae_stage(settings: Settings) -> None:
 
 
 def text_stage(settings: Settings) -> None:
-    """Tokenizers and text encoders."""
+    """Tokenizers and text encoders; a further round starts from the encoders in the work folder."""
     torch.manual_seed(settings.seed + 2)
     clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
     encoders = {
@@ -95,6 +95,8 @@ def text_stage(settings: Settings) -> None:
     publish(settings.work / "tokenizer", clip.save_pretrained)
     publish(settings.work / "t5_tokenizer", t5.save_pretrained)
     for name, (tokenizer, encoder, states) in encoders.items():
+        if settings.further:
+            encoder.load_state_dict(type(encoder).from_pretrained(settings.work / name).state_dict())
         text.train_reader(tokenizer, encoder, states(encoder), settings.text_steps, settings.seed + 2)
         publish(settings.work / name, encoder.save_pretrained)
 
@@ -240,7 +242,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "shapes"), help="for shared parts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--further", action="store_true", help="train the published weights for another round")
-    for name in ("sdxl", "flux"):
+    for name in ("text", "sdxl", "flux"):
         default = getattr(Settings, f"{name}_steps")
         parser.add_argument(f"--{name}-steps", type=int, default=default, help=f"optimiser steps ({default})")
     parser.add_argument("--images", type=int, default=Settings.images, help="generated for a row of `measure`")
@@ -251,6 +253,7 @@ def main() -> None:
     settings = Settings(
         out=arguments.out,
         work=arguments.work,
+        text_steps=arguments.text_steps,
         sdxl_steps=arguments.sdxl_steps,
         flux_steps=arguments.flux_steps,
         further=arguments.further,

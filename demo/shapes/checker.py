@@ -59,9 +59,10 @@ def train_checker(steps: int, seed: int = 0, held: int = 2000, reference: int = 
         for part, names in zip(_split(layout), _chunks(captions), strict=True)
     ]
     checker.held_out_accuracy, checker.held_out_images = float(torch.cat(parts).double().mean()), held
-    checker.fit_reference(
-        torch.cat([render(part, generator) for part in _split(draw_layouts(reference, generator, None))])
-    )
+    # What is judged shows two objects; scenes of one would put a floor under every distance.
+    pairs = draw_layouts(2 * reference, generator, None)
+    pairs = pairs[torch.nonzero(pairs.count == 2).flatten()[:reference]]
+    checker.fit_reference(torch.cat([render(part, generator) for part in _split(pairs)]))
     return checker
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ BATCH = 128
 
 WORDS = tuple(dict.fromkeys(word for text in ("a", *SIZES, *COLOURS, *SHAPES, *RELATIONS) for word in text.split()))
 FACTS = (len(SHAPES), len(COLOURS), len(SIZES) + 1)  # of an object; an unnamed size is a class of its own
+PLACED_FACTS = (*FACTS, len(RELATIONS))  # and on which side of the other object it stands
 SCENE_FACTS = (*FACTS, *(size + 1 for size in FACTS), len(RELATIONS) + 1)  # an absent second object too
 
 
@@ -112,37 +114,78 @@ def scene_facts(layout: Layout) -> Tensor:
     return torch.cat([first, second, relation[:, None]], 1)
 
 
+def placed_facts(layout: Layout) -> Tensor:
+    """What a caption says of each of two objects, (B, 2, 4): shape, colour, size, and its side of the other one.
+
+    "A above B" puts A above and B below: bound to the object, the relation leaves a denoiser nothing to work out.
+    """
+    things = scene_facts(layout)[:, :6].view(-1, 2, 3)
+    opposite = layout.relation ^ 1  # RELATIONS has above beside below, left beside right
+    return torch.cat([things, torch.stack([layout.relation, opposite], 1)[..., None]], 2)
+
+
 class Reader(nn.Module):
-    """Linear heads over the states: the word everywhere, the object at its noun, the scene where all was read."""
+    """Linear heads over the states: the word everywhere; the object at its noun; each of two objects with its side
+    where that is known, the first one's at the relation's last word (CLIP reads from left to right), the second one's
+    at its noun; the scene where all was read.
+    """
 
     def __init__(self, vocabulary: int, pooled: int) -> None:
         super().__init__()
         self.word = nn.Linear(WIDTH, vocabulary)
         self.thing = nn.Linear(WIDTH, sum(FACTS))
+        self.placed = nn.Linear(WIDTH, sum(PLACED_FACTS))
         self.scene = nn.Linear(WIDTH, sum(SCENE_FACTS))
         self.pooled = nn.Linear(pooled, sum(SCENE_FACTS))
 
     def loss(
-        self, ids: Tensor, states: Tensor, pooled: Tensor | None, layout: Layout, nouns: Tensor, end: int
+        self, ids: Tensor, states: Tensor, pooled: Tensor | None, layout: Layout, places: Places, end: int
     ) -> Tensor:
         """Cross-entropy of all heads."""
         facts = scene_facts(layout)
         loss = F.cross_entropy(self.word(states).flatten(0, 1), ids.flatten())
-        row, place = torch.isin(ids, nouns).nonzero(as_tuple=True)
+        row, place = torch.isin(ids, places.nouns).nonzero(as_tuple=True)
         which = torch.cat([torch.zeros(1, dtype=torch.long), (row[1:] == row[:-1]).long()])
         loss = loss + _facts_loss(
             self.thing(states[row, place]),
             facts.view(-1)[row[:, None] * 7 + which[:, None] * 3 + torch.arange(3)],
             FACTS,
         )
+        loss = loss + self._placed_loss(ids, states, layout, places)
         last = (ids == end).float().argmax(1)
         loss = loss + _facts_loss(self.scene(states[torch.arange(len(ids)), last]), facts, SCENE_FACTS)
         return loss if pooled is None else loss + _facts_loss(self.pooled(pooled), facts, SCENE_FACTS)
+
+    def _placed_loss(self, ids: Tensor, states: Tensor, layout: Layout, places: Places) -> Tensor:
+        row = torch.nonzero(layout.count == 2).flatten()
+        number = torch.arange(ids.shape[1])
+        losses = [
+            _facts_loss(
+                self.placed(states[row, (torch.isin(ids, words) * number).argmax(1)[row]]), facts[row], PLACED_FACTS
+            )
+            for words, facts in zip((places.relations, places.nouns), placed_facts(layout).unbind(1), strict=True)
+        ]
+        return losses[0] + losses[1]
 
 
 def _facts_loss(logits: Tensor, facts: Tensor, sizes: tuple[int, ...]) -> Tensor:
     parts = logits.split(list(sizes), dim=1)
     return torch.stack([F.cross_entropy(part, facts[:, i]) for i, part in enumerate(parts)]).mean()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Token ids at which facts are read: the nouns, and the last word of each relation."""
+
+    nouns: Tensor
+    relations: Tensor
+
+    @classmethod
+    def of(cls, tokenizer: CLIPTokenizer | T5TokenizerFast) -> Places:
+        """Those of a tokenizer in which every word is one token."""
+        first = 1 if tokenizer.bos_token_id is not None else 0
+        last_words = [name.split()[-1] for name in RELATIONS]
+        return cls(*(tokens_of(tokenizer, list(words))[:, first] for words in (SHAPES, last_words)))
 
 
 def clip_states(encoder: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -172,8 +215,7 @@ def train_reader(
     generator = torch.Generator().manual_seed(seed)
     reader = Reader(len(tokenizer), WIDTH)
     descend = optimiser([*encoder.parameters(), *reader.parameters()], steps, 2e-3)
-    nouns = tokens_of(tokenizer, list(SHAPES))
-    nouns = nouns[:, 1 if tokenizer.bos_token_id is not None else 0]
+    places = Places.of(tokenizer)
     for step in range(steps):
         if step % 50 == 0:
             pool = draw_layouts(BATCH * 50, generator)
@@ -181,7 +223,7 @@ def train_reader(
         part = torch.arange(BATCH) + BATCH * (step % 50)
         ids = captions[part]
         states, pooled = run(ids)
-        descend(loss := reader.loss(ids, states, pooled, pool[part], nouns, tokenizer.eos_token_id))
+        descend(loss := reader.loss(ids, states, pooled, pool[part], places, tokenizer.eos_token_id))
         if step % 250 == 0:
             log.info("text step %d/%d loss %.4f", step, steps, loss.item())
     encoder.eval().requires_grad_(False)
