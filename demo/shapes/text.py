@@ -36,6 +36,7 @@ WORDS = tuple(dict.fromkeys(word for text in ("a", *SIZES, *COLOURS, *SHAPES, *R
 FACTS = (len(SHAPES), len(COLOURS), len(SIZES) + 1)  # of an object; an unnamed size is a class of its own
 PLACED_FACTS = (*FACTS, len(RELATIONS))  # and on which side of the other object it stands
 SCENE_FACTS = (*FACTS, *(size + 1 for size in FACTS), len(RELATIONS) + 1)  # an absent second object too
+SIDE_FACTS = tuple(size + 1 for size in FACTS) * len(RELATIONS)  # of whatever stands on each side, perhaps nothing
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -124,10 +125,21 @@ def placed_facts(layout: Layout) -> Tensor:
     return torch.cat([things, torch.stack([layout.relation, opposite], 1)[..., None]], 2)
 
 
+def side_facts(layout: Layout) -> Tensor:
+    """What a caption says of the upper, lower, left and right object, (B, 12): the last class where it names none."""
+    placed = placed_facts(layout)
+    result = torch.tensor(FACTS).repeat(len(placed), len(RELATIONS), 1)
+    rows = torch.nonzero(layout.count == 2)
+    for which in range(2):
+        result[rows[:, 0], placed[rows[:, 0], which, 3]] = placed[rows[:, 0], which, :3]
+    return result.flatten(1)
+
+
 class Reader(nn.Module):
     """Linear heads over the states: the word everywhere; the object at its noun; each of two objects with its side
     where that is known, the first one's at the relation's last word (CLIP reads from left to right), the second one's
-    at its noun; the scene where all was read.
+    at its noun; the scene where all was read. The pooled output says it twice: what comes first and second, and what
+    stands on each side.
     """
 
     def __init__(self, vocabulary: int, pooled: int) -> None:
@@ -136,7 +148,7 @@ class Reader(nn.Module):
         self.thing = nn.Linear(WIDTH, sum(FACTS))
         self.placed = nn.Linear(WIDTH, sum(PLACED_FACTS))
         self.scene = nn.Linear(WIDTH, sum(SCENE_FACTS))
-        self.pooled = nn.Linear(pooled, sum(SCENE_FACTS))
+        self.pooled = nn.Linear(pooled, sum(SCENE_FACTS) + sum(SIDE_FACTS))
 
     def loss(
         self, ids: Tensor, states: Tensor, pooled: Tensor | None, layout: Layout, places: Places, end: int
@@ -154,7 +166,10 @@ class Reader(nn.Module):
         loss = loss + self._placed_loss(ids, states, layout, places)
         last = (ids == end).float().argmax(1)
         loss = loss + _facts_loss(self.scene(states[torch.arange(len(ids)), last]), facts, SCENE_FACTS)
-        return loss if pooled is None else loss + _facts_loss(self.pooled(pooled), facts, SCENE_FACTS)
+        if pooled is None:
+            return loss
+        both = torch.cat([facts, side_facts(layout)], 1)
+        return loss + 2 * _facts_loss(self.pooled(pooled), both, (*SCENE_FACTS, *SIDE_FACTS))
 
     def _placed_loss(self, ids: Tensor, states: Tensor, layout: Layout, places: Places) -> Tensor:
         row = torch.nonzero(layout.count == 2).flatten()
