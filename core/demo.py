@@ -58,7 +58,7 @@ RECIPES = {
     "sdxl-shapes": DemoRecipe(
         levels=(0.0, 0.11, 0.23, 0.3, 0.385, 0.48, 0.58, 0.7),
         kinds=("head", "neuron", "channel"),
-        guidance=6.0,
+        guidance=4.0,
         probes=24,
         images=40,
     ),

@@ -208,7 +208,7 @@ def unpack_stage(settings: Settings) -> None:
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "sdxl": {"guidance_scale": 6.0},
+    "sdxl": {"guidance_scale": 4.0},
     "flux": {"true_cfg_scale": 2.0, "max_sequence_length": text.LENGTH},
 }
 """What the pipelines are called with, besides captions and steps."""
