@@ -7,6 +7,8 @@
 """
 
 from .core.api import allocate, calibrate, evaluate, prune
+from .core.api_search import search
+from .core.api_static import export, sparsify
 from .core.bundle import Bundle, load_bundle
 from .core.calibration import Calibration
 from .core.errors import StagePruneError
@@ -20,9 +22,19 @@ from .core.hosts.diffusers.attach import (
     is_stage_pruning_enabled,
     stage_pruning_summary,
 )
-from .core.planning import Allocation, ErrorTable, MosaicSettings
+from .core.planning import (
+    Allocation,
+    ErrorTable,
+    Fitness,
+    MosaicSettings,
+    Round,
+    SearchResult,
+    SearchSettings,
+    register_fitness,
+)
 from .core.pruning import Bank, methods, register_method
 from .core.schedule import Stage, StageSchedule
+from .core.static import StaticModel, register_sparsifier, sparsifiers
 from .core.version import __version__
 
 attach()
@@ -33,13 +45,18 @@ __all__ = [
     "Bundle",
     "Calibration",
     "ErrorTable",
+    "Fitness",
     "InputSize",
     "Judge",
     "MosaicSettings",
     "Report",
+    "Round",
+    "SearchResult",
+    "SearchSettings",
     "Stage",
     "StagePruneError",
     "StageSchedule",
+    "StaticModel",
     "__version__",
     "allocate",
     "attach",
@@ -49,6 +66,7 @@ __all__ = [
     "disable_stage_pruning",
     "enable_stage_pruning",
     "evaluate",
+    "export",
     "families",
     "find_groups",
     "is_stage_pruning_enabled",
@@ -56,6 +74,11 @@ __all__ = [
     "methods",
     "prune",
     "register_family",
+    "register_fitness",
     "register_method",
+    "register_sparsifier",
+    "search",
+    "sparsifiers",
+    "sparsify",
     "stage_pruning_summary",
 ]

@@ -11,7 +11,7 @@ from . import evaluation as _evaluation
 from . import planning as _planning
 from . import pruning as _pruning
 from .bundle import Bundle, load_bundle
-from .calibration import Alpha, Calibration
+from .calibration import Alpha, Calibration, Layers
 from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
@@ -61,6 +61,9 @@ def calibrate(
     stages: int | Sequence[float] = 1,
     alpha: Alpha = "uniform",
     kinds: Sequence[str] = ("head", "neuron"),
+    layers: Layers = "consumers",
+    skip_blocks: bool = False,
+    taylor: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
@@ -77,6 +80,11 @@ def calibrate(
         alpha: weight of each step: `uniform`, `log-decrease` (OBS-Diff, equation 5), `log-increase`, `linear-decrease`,
             `linear-increase`, or a function from tau in [0, 1] to a weight.
         kinds: unit kinds that will be pruned; add `channel` for the convolutions of a UNet (their Hessians are large).
+            `block` scores whole blocks, for method `depth`.
+        layers: `consumers`, whose inputs `prune` needs, or `all`: the producers' too (q, k, v, up), for `sparsify`.
+        skip_blocks: with kind `block`, also run the denoiser without each block, for method `depth-output`.
+        taylor: also take gradients of the denoising loss, for method `taylor`, at the steps with at least this share of
+            the largest loss (Diff-Pruning: 0.05). None takes none.
         seed: first seed.
         batch_size: prompts that run together.
         checkpoint: file rewritten after each batch; an interrupted call goes on from it to the identical result.
@@ -97,6 +105,9 @@ def calibrate(
         stages=stages,
         alpha=alpha,
         kinds=kinds,
+        layers=layers,
+        skip_blocks=skip_blocks,
+        taylor=taylor,
         seed=seed,
         batch_size=batch_size,
         checkpoint=checkpoint,
@@ -122,10 +133,12 @@ def prune(
 
     Args:
         pipe: the pipeline that was calibrated.
-        calibration: its Hessians; `obs`, `wanda` and `activation` need them, `magnitude` and `random` do not.
+        calibration: its Hessians; `obs`, `wanda` and `activation` need them, `magnitude` and `random` do not; `depth`
+            needs one that was made with `kinds=["block"]`, `taylor` one that was made with `taylor=0.05`.
         method: one of `stageprune.methods()`.
         levels: sparsities in [0, 1), the share of prunable MACs to remove; dense is always added.
         kinds: unit kinds to prune: `head`, `neuron`, and for UNets `channel`; by default those that were calibrated.
+            `["block"]` skips whole blocks (`depth`, `depth-output`, `random`).
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
         multiple: neurons are kept in multiples of this.

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from .errors import StagePruneError
 
@@ -18,32 +18,41 @@ except ImportError:
 
 from .cli_options import (
     FULL_SIZE,
+    AlphaName,
     Batch,
     BundleArgument,
+    Consumers,
     Device,
     Dtype,
     Empty,
     Guidance,
+    JudgeFolder,
     Kinds,
+    Layers,
     Levels,
     Out,
     OwnSize,
     Pipe,
     Prompts,
     Size,
+    SkipBlocks,
     Stages,
     Steps,
     Strategy,
     Target,
+    Taylor,
     default_judge,
     load,
     numbers,
     pixels,
     read_prompts,
     repeat,
+    show_pipeline,
     stages_of,
     words,
 )
+from .cli_search import search
+from .cli_static import export, sparsify
 
 console = Console(stderr=True)
 app = typer.Typer(
@@ -51,7 +60,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Stage-wise structural pruning of diffusion models. The usual way: calibrate, prune, allocate, then generate "
-    "or evaluate with the bundle. `stageprune demo` does all of it on a small trained pipeline.",
+    "or evaluate with the bundle. `search` improves on `allocate`. `stageprune demo` does all of it on a small trained "
+    "pipeline.",
 )
 
 
@@ -74,9 +84,10 @@ def calibrate(
     size: OwnSize = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
     kinds: Kinds = None,
-    alpha: Annotated[
-        str, typer.Option(help="Weight of the steps: uniform, or log- or linear-, -decrease or -increase.")
-    ] = "uniform",
+    layers: Layers = "consumers",
+    skip_blocks: SkipBlocks = False,
+    taylor: Taylor = None,
+    alpha: AlphaName = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     batch_size: Batch = 16,
     device: Device = "auto",
@@ -96,7 +107,10 @@ def calibrate(
         size=pixels(size),
         stages=stages,
         alpha=alpha,
-        **({"kinds": words(kinds)} if kinds else {}),
+        kinds=words(kinds or "head,neuron"),
+        layers=layers,  # type: ignore[arg-type]  # checked by calibrate
+        skip_blocks=skip_blocks,
+        taylor=taylor,
         seed=seed,
         batch_size=batch_size,
         checkpoint=part,
@@ -113,13 +127,13 @@ def prune(
         Path | None, typer.Option(help="What `calibrate` wrote. Data-free methods need none.")
     ] = None,
     out: Out = Path("out/bank"),
-    method: Annotated[str, typer.Option(help="obs, wanda, activation, magnitude or random.")] = "obs",
+    method: Annotated[
+        str, typer.Option(help="obs, wanda, activation, taylor, magnitude, random; for blocks depth.")
+    ] = "obs",
     levels: Annotated[str, typer.Option(help="Sparsities of the levels.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7",
     kinds: Kinds = None,
     order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
-    consumers: Annotated[
-        str, typer.Option(help="Compensated consumers per level (shared) or per level and stage.")
-    ] = "shared",
+    consumers: Consumers = "shared",
     multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
     damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,
     size: Size = None,
@@ -195,6 +209,10 @@ def allocate(
     typer.echo(f"saved to {out}")
 
 
+for verb in (search, sparsify, export):
+    app.command()(verb)
+
+
 @app.command()
 def generate(
     pipe: Pipe,
@@ -240,9 +258,7 @@ def evaluate(
     guidance: Guidance = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 20_000,
-    judge: Annotated[
-        Path | None, typer.Option(help="Folder of a judge. Default: `judge` in the pipeline's folder.")
-    ] = None,
+    judge: JudgeFolder = None,
     batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -290,7 +306,7 @@ def inspect(
     elif path.is_file():
         typer.echo(str(Calibration.load(path)))
     else:
-        _inspect_pipeline(load(target, "cpu", "float32"), pixels(size))
+        show_pipeline(load(target, "cpu", "float32"), pixels(size))
 
 
 @app.command()
@@ -351,31 +367,18 @@ def env() -> None:
         typer.echo(f"{key:<16} {value}")
 
 
-def _inspect_pipeline(pipeline: Any, size: tuple[int, int] | None) -> None:
-    from .groups import find_groups, measure_cost
-    from .hosts.diffusers import DiffusersHost
-
-    host = DiffusersHost(pipeline, size)
-    denoiser, at = host.denoiser, host.input_size
-    cost = measure_cost(denoiser, size=at)
-    where = at or "the model's default size"
-    typer.echo(f"{host.component}: {type(denoiser).__name__}, {cost.dense / 1e9:.3f} GMACs a forward at {where}")
-    typer.echo(f"prunable: {cost.prunable / cost.dense:.1%} of the MACs")
-    for group in find_groups(denoiser):
-        typer.echo(str(group))
-
-
 def main() -> None:
     """Entry point: errors of the library are shown as one message, without a traceback."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # what newer versions of typer make of an interruption
+            raise KeyboardInterrupt
     except StagePruneError as error:
         console.print("error: " + str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as request:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        console.print("interrupted; the same command goes on from its checkpoint where it keeps one (calibrate)")
+        console.print("interrupted; the same command goes on from its checkpoint, if it keeps one (calibrate, search)")
         sys.exit(130)
     except Exception as error:
         # Usage errors of the command line know how to show themselves.

@@ -36,8 +36,32 @@ OwnSize = Annotated[
 Kinds = Annotated[
     str | None,
     typer.Option(
-        help="Unit kinds, separated by commas: head, neuron, and for UNets channel (ResNet channels). Default: "
-        "head,neuron; for `prune`, those that were calibrated."
+        help="Unit kinds, separated by commas: head, neuron, for UNets channel (ResNet channels), and by itself block "
+        "(whole blocks, for --method depth). Default: head,neuron; for `prune`, those that were calibrated."
+    ),
+]
+AlphaName = Annotated[
+    str, typer.Option("--alpha", help="Weight of the steps: uniform, or log- or linear-, -decrease or -increase.")
+]
+Consumers = Annotated[
+    str, typer.Option("--consumers", help="Compensated consumers per level (shared) or per level and stage (stage).")
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="Whose inputs are recorded: consumers (what `prune` needs), or all (q, k, v and up projections too, which "
+        "`sparsify` can zero)."
+    ),
+]
+SkipBlocks = Annotated[
+    bool,
+    typer.Option("--skip-blocks", help="With --kinds block: run without each block too, for --method depth-output."),
+]
+Taylor = Annotated[
+    float | None,
+    typer.Option(
+        help="Score units by gradients too, for --method taylor: at the steps with at least this share of the largest "
+        "loss, as 0.05. Takes the memory of training."
     ),
 ]
 Target = Annotated[
@@ -76,6 +100,9 @@ Empty = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(help="With --strategy hand: sparsity of each stage, noisiest (first steps) first, as 0,0.5,0.7."),
+]
+JudgeFolder = Annotated[
+    Path | None, typer.Option("--judge", help="Folder of a judge. Default: `judge` in the pipeline's folder.")
 ]
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
@@ -148,3 +175,18 @@ def pixels(size: str | None) -> tuple[int, int] | None:
     if match is None:
         raise StagePruneError(f"--size must be a side in pixels, or height x width such as 512x768; got {size!r}.")
     return int(match[1]), int(match[2] or match[1])
+
+
+def show_pipeline(pipeline: Any, size: tuple[int, int] | None) -> None:
+    """Print the groups and cost of a pipeline's denoiser."""
+    from .groups import find_groups, measure_cost
+    from .hosts.diffusers import DiffusersHost
+
+    host = DiffusersHost(pipeline, size)
+    denoiser, at = host.denoiser, host.input_size
+    cost = measure_cost(denoiser, size=at)
+    where = at or "the model's default size"
+    typer.echo(f"{host.component}: {type(denoiser).__name__}, {cost.dense / 1e9:.3f} GMACs a forward at {where}")
+    typer.echo(f"prunable: {cost.prunable / cost.dense:.1%} of the MACs")
+    for group in find_groups(denoiser):
+        typer.echo(str(group))

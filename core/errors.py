@@ -27,3 +27,11 @@ class BundleError(StagePruneError):
 
 class AllocationError(StagePruneError):
     """A budget that no schedule meets, or a stage that the sampler never visits."""
+
+
+class SearchError(StagePruneError):
+    """Settings that make no search, a fitness that cannot be computed, or a checkpoint of another search."""
+
+
+class ExportError(StagePruneError):
+    """A level that no plain model of the denoiser's own class can hold, or a folder that must not be overwritten."""

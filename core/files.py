@@ -36,8 +36,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~_umask())
+        for path_inside in temporary.rglob("*"):
+            path_inside.chmod((0o777 if path_inside.is_dir() else 0o666) & ~_umask())
         old = temporary.with_suffix(".old")
         if path.exists():
             path.replace(old)

@@ -112,6 +112,11 @@ class Host(Protocol):
         the steps that a sampler takes.
         """
 
+    def target(self, samples: Tensor, noise: Tensor, tau: float) -> Tensor:
+        """What the denoiser is trained to give for `signal * samples + noise * noise` at this tau (see `NoiseLevel`):
+        the noise, the sample, or a velocity, in the latents' shape.
+        """
+
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""
 

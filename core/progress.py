@@ -28,7 +28,7 @@ def track(items: Collection[T], description: str) -> Iterable[T]:
 
 
 @contextmanager
-def bar(total: int, description: str, unit: str = "it") -> Iterator[tqdm]:  # type: ignore[type-arg]
-    """A progress bar to be advanced by hand with `.update(n)`."""
-    with tqdm(total=total, desc=description, unit=unit, disable=_disabled(), leave=False) as progress:
+def bar(total: int, description: str, unit: str = "it", shown: bool = True) -> Iterator[tqdm]:  # type: ignore[type-arg]
+    """A progress bar to be advanced by hand with `.update(n)`; one that is not `shown` does nothing."""
+    with tqdm(total=total, desc=description, unit=unit, disable=_disabled() or not shown, leave=False) as progress:
         yield progress

@@ -16,7 +16,7 @@ from stageprune.core.calibration import Calibration
 from support import make_pipe
 from zoo import make_pipeline
 
-VERBS = ("calibrate", "prune", "allocate", "generate", "evaluate", "inspect", "bench", "demo", "env")
+VERBS = ("calibrate", "prune", "allocate", "search", "generate", "evaluate", "inspect", "bench", "demo", "env")
 
 
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:

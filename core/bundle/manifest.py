@@ -158,12 +158,15 @@ def _group(reader: _Reader) -> Group:
     def parts(key: str) -> list[_Reader]:
         return [_Reader(item, f"{reader.where}.{key}[{i}]") for i, item in enumerate(reader.get(key, list))]
 
+    kind = _choice(reader, "kind", ("head", "neuron", "channel", "block"))
     size, width = reader.get("size", int), reader.get("width", int)
+    if kind == "block":
+        return _blocks(reader, size, width)
     if size < 1 or width < 1:
         raise reader.fail("size", f"and `width` must be at least 1, got {size} and {width}")
     return Group(
         name=reader.get("name", str),
-        kind=_choice(reader, "kind", ("head", "neuron", "channel")),  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
         size=size,
         width=width,
         producers=tuple(Rows(part.get("path", str), part.get("blocks", int)) for part in parts("producers")),
@@ -175,6 +178,17 @@ def _group(reader: _Reader) -> Group:
         ),
         cost=_cost(_Reader(reader.get("cost", dict), f"{reader.where}.cost")),
     )
+
+
+def _blocks(reader: _Reader, size: int, width: int) -> Group:
+    """A group of whole blocks: paths instead of layers."""
+    blocks, passes = (tuple(map(str, reader.get(key, list))) for key in ("blocks", "passes"))
+    if size < 1 or width != 0 or len(blocks) != size:
+        raise reader.fail("blocks", f"must name {size} blocks, of width 0; got {len(blocks)} of width {width}")
+    layers = [key for key in ("producers", "consumers", "companions", "attributes") if reader.get(key, list)]
+    if layers:
+        raise reader.fail(layers[0], "must be empty for whole blocks")
+    return Group(reader.get("name", str), "block", size, width, blocks=blocks, passes=passes)
 
 
 def _cost(reader: _Reader) -> UnitCost:

@@ -3,5 +3,6 @@
 from .alpha import ALPHAS, Alpha, step_weights
 from .calibrate import calibrate
 from .calibration import Calibration
+from .recorders import Layers
 
-__all__ = ["ALPHAS", "Alpha", "Calibration", "calibrate", "step_weights"]
+__all__ = ["ALPHAS", "Alpha", "Calibration", "Layers", "calibrate", "step_weights"]

@@ -13,13 +13,12 @@ import torch
 from .. import progress
 from ..errors import CalibrationError
 from ..fingerprint import Fingerprint
-from ..groups import Group, consumer_sites, find_groups, width_groups
-from ..groups.layer import layer_at, matrix_of
+from ..groups import consumer_sites, find_groups, width_groups
 from ..host import Host, Prompt
 from ..schedule import StageSchedule
 from .alpha import Alpha, alpha_name, step_weights
 from .calibration import Calibration
-from .hessian import HessianRecorder
+from .recorders import Layers, Recorders
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,9 @@ def calibrate(
     stages: int | Sequence[float] = 1,
     alpha: Alpha = "uniform",
     kinds: Sequence[str] = ("head", "neuron"),
+    layers: Layers = "consumers",
+    skip_blocks: bool = False,
+    taylor: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
@@ -48,7 +50,13 @@ def calibrate(
         stages: number of equal stages kept apart, or the inner boundaries in tau, falling. 1 pools everything.
         alpha: weight of each step: a name in `ALPHAS`, or a function of tau.
         kinds: unit kinds that will be pruned. `channel` is left out by default: the Hessian of a 3 x 3 convolution has
-            81 times the numbers of a Linear's of as many channels.
+            81 times the numbers of a Linear's of as many channels. `block` scores whole blocks, for `depth`.
+        layers: `consumers`, whose inputs `prune` needs, or `all`: the producers' too, which `sparsify` can use. What
+            several layers read (q, k and v of an attention) is summed once.
+        skip_blocks: with kind `block`, also measure what the denoiser gives without each block, for `depth-output`;
+            as many more calls as there are blocks.
+        taylor: also score units for method `taylor`, by gradients of the denoising loss on the pipeline's own samples,
+            at the steps with at least this share of the largest loss (Diff-Pruning: 0.05). None does not.
         seed: first seed.
         batch_size: prompts that run together.
         checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes
@@ -66,9 +74,7 @@ def calibrate(
     if steps < 1 or batch_size < 1:
         raise CalibrationError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
     schedule = _stages(stages)
-    groups = width_groups(find_groups(host.denoiser))
-    paths = consumer_sites(_of_kinds(groups, kinds))
-    widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in paths}
+    recorders = Recorders(host, len(schedule.stages), kinds, layers, skip_blocks, taylor)
     weights = step_weights(alpha, host.taus(steps))
     provenance = {
         **host.describe(),
@@ -79,11 +85,13 @@ def calibrate(
         "alpha": alpha_name(alpha),
         **({"alpha_weights": weights} if callable(alpha) else {}),  # a name does not tell two functions apart
         "kinds": sorted(kinds),
+        "layers": layers,
+        "skip_blocks": skip_blocks,
+        "taylor": taylor,
         "batch_size": batch_size,
     }
-    recorder = HessianRecorder(host.denoiser, widths, len(schedule.stages))
-    fingerprint = Fingerprint.of(host.denoiser, list(consumer_sites(groups)))
-    run = _Run(host, recorder, schedule, weights, provenance, fingerprint)
+    fingerprint = Fingerprint.of(host.denoiser, list(consumer_sites(width_groups(find_groups(host.denoiser)))))
+    run = _Run(host, recorders, schedule, weights, provenance, fingerprint)
     done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
     with progress.bar(len(prompts), "calibrating", "prompt") as bar:
         bar.update(done)
@@ -106,27 +114,20 @@ def _stages(stages: int | Sequence[float]) -> StageSchedule:
     return StageSchedule.from_levels([0.0] * (len(stages) + 1), list(stages))
 
 
-def _of_kinds(groups: Sequence[Group], kinds: Sequence[str]) -> list[Group]:
-    present = {group.kind for group in groups}
-    if not kinds or set(kinds) - present:
-        raise CalibrationError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
-    return [group for group in groups if group.kind in kinds]
-
-
 class _Run:
-    """One calibration under way: the recorder, and what tells two calls apart."""
+    """One calibration under way: the recorders, and what tells two calls apart."""
 
     def __init__(
         self,
         host: Host,
-        recorder: HessianRecorder,
+        recorders: Recorders,
         schedule: StageSchedule,
         weights: Sequence[float],
         provenance: Mapping[str, Any],
         fingerprint: Fingerprint,
     ) -> None:
         self.host = host
-        self.recorder = recorder
+        self.recorders = recorders
         self.schedule = schedule
         self.weights = weights
         self.provenance = provenance
@@ -137,19 +138,22 @@ class _Run:
         host, steps, guidance = self.host, self.provenance["steps"], self.provenance["guidance"]
         conditions = host.encode(prompts)
         state = host.start(seeds, steps)
-        with self.recorder.recording():
+        with self.recorders.recording():
             for tau, weight in zip(host.taus(steps), self.weights, strict=True):
-                self.recorder.stage, self.recorder.alpha = self.schedule.stage_of(tau), weight
+                self.recorders.at(self.schedule.stage_of(tau), weight, tau)
                 state = host.advance(state, conditions, guidance, state.index + 1)
+        self.recorders.finish(state.latents, seeds)
 
     def result(self, done: int) -> Calibration:
         """What has been accumulated after `done` prompts."""
         return Calibration(
-            hessians=self.recorder.hessians,
-            rows=self.recorder.rows,
+            hessians=self.recorders.hessians.hessians,
+            rows=self.recorders.hessians.rows,
             edges=tuple(self.schedule.edges),
             fingerprint=self.fingerprint,
             provenance={**self.provenance, "done": done},
+            shared=self.recorders.shared,
+            scores=self.recorders.scores,
         )
 
     def resume(self, checkpoint: Path) -> int:
@@ -168,8 +172,6 @@ class _Run:
                 f"`checkpoint` {checkpoint} belongs to another calibration: not the same {', '.join(differing)}. "
                 "Delete it, or name another file."
             )
-        for path, hessian in saved.hessians.items():
-            self.recorder.hessians[path].copy_(hessian)
-            self.recorder.rows[path].copy_(saved.rows[path])
+        self.recorders.resume(saved)
         logger.info("resuming calibration from %s at prompt %d", checkpoint, done)
         return done

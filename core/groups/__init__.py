@@ -6,6 +6,7 @@ from .check import GroupCheck, check_slice_equals_mask
 from .cost import DenoiserCost, measure_cost
 from .group import Attribute, Cols, Group, Rows, Term, UnitCost, consumer_sites, width_groups
 from .registry import Family, families, family_of, find_groups, register_family
+from .sites import InputSite, input_sites, layer_paths
 
 __all__ = [
     "Attribute",
@@ -14,6 +15,7 @@ __all__ = [
     "Family",
     "Group",
     "GroupCheck",
+    "InputSite",
     "InputSize",
     "Rows",
     "Term",
@@ -23,6 +25,8 @@ __all__ = [
     "families",
     "family_of",
     "find_groups",
+    "input_sites",
+    "layer_paths",
     "measure_cost",
     "register_family",
     "width_groups",

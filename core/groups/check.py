@@ -6,8 +6,7 @@ tested against them.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ..errors import GroupError
 from ..host import InputSize
 from .group import Group, consumer_sites, kept_columns, width_groups
 from .layer import inputs_of, layer_at
+from .passing import passed, places_of
 from .registry import family_of, find_groups
 
 
@@ -121,20 +121,9 @@ def sliced(denoiser: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tens
         for path, passes in _skipped_blocks(groups, keep):
             block = denoiser.get_submodule(path)
             stack.callback(block.__dict__.pop, "forward")
-            block.forward = _passing(block.forward, passes)
+            places = places_of(block.forward, passes)
+            block.forward = lambda *args, places=places, **kwargs: passed(places, args, kwargs)
         yield
-
-
-def _passing(forward: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """A forward that returns these of its arguments, the first one by default."""
-    signature = inspect.signature(forward)
-
-    def passing(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        passed = tuple(given[name] for name in names or list(given)[:1])
-        return passed if len(passed) > 1 else passed[0]
-
-    return passing
 
 
 def _skipped_blocks(groups: Sequence[Group], keep: Mapping[str, Tensor]) -> list[tuple[str, tuple[str, ...]]]:

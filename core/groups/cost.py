@@ -6,18 +6,15 @@ no memory; the groups' share follows exactly from their shapes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..host import InputSize
 from .group import Group, width_groups
+from .meta import run_on_meta
 from .registry import family_of, find_groups
 
 
@@ -43,6 +40,12 @@ class DenoiserCost:
     def prunable(self) -> int:
         """MACs of all heads, neurons and norm groups."""
         return sum(self.units[name] * size for name, size in self.sizes.items())
+
+    @property
+    def block_macs(self) -> tuple[int, ...]:
+        """MACs of each whole block, with all that is in it."""
+        inside = [sum(self.units[name] * self.sizes[name] for name in names) for names in self.members]
+        return tuple(own + units for own, units in zip(self.blocks, inside, strict=True))
 
     def macs(self, kept: Mapping[str, int], skipped_blocks: Collection[int] = ()) -> int:
         """MACs of one forward with `kept[name]` units in each group and the blocks of these indices skipped."""
@@ -90,34 +93,7 @@ def measure_cost(
 
 def _count_flops(denoiser: nn.Module, size: InputSize | None) -> dict[str, int]:
     """FLOPs of one forward of one sample by module name, run on the meta device."""
-    state = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    inputs = {name: _to_meta(value) for name, value in family_of(denoiser).example_inputs(denoiser, size=size).items()}
     # Attention takes its decomposed path on meta tensors, whose two matmuls the counter sees.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), _bare(denoiser):
-        torch.func.functional_call(denoiser, meta, kwargs=inputs)
+    with FlopCounterMode(display=False) as counter:
+        run_on_meta(denoiser, size)
     return {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
-
-
-@contextmanager
-def _bare(denoiser: nn.Module) -> Iterator[None]:
-    """Without hooks (a user's may read values, which meta tensors lack) and without compiled calls (not countable)."""
-    saved = []
-    for module in denoiser.modules():
-        for name in ("_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl"):
-            saved.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = None if name == "_compiled_call_impl" else OrderedDict()
-    try:
-        yield
-    finally:
-        for module, name, value in saved:
-            if name == "_compiled_call_impl" and value is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = value
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Mapping):  # SDXL's added_cond_kwargs
-        return {name: _to_meta(part) for name, part in value.items()}
-    return value.to("meta") if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Which level where: stages, error table and allocation under a budget."""
+"""Which level where: stages, error table, allocation under a budget, and evolutionary search."""
 
 from . import strategies
 from .allocate import allocate
@@ -9,6 +9,14 @@ from .partitions import PARTITIONS, Stages, divide, register_partition
 from .patterns import PATTERNS
 from .probes import Probes
 from .sampling import Sampling
+from .search import (
+    Fitness,
+    Round,
+    SearchResult,
+    SearchSettings,
+    register_fitness,
+    search,
+)
 from .table import ErrorTable, TableOrigin, measure_error_table
 
 __all__ = [
@@ -17,17 +25,23 @@ __all__ = [
     "Allocation",
     "Candidate",
     "ErrorTable",
+    "Fitness",
     "MosaicSettings",
     "Probes",
     "Request",
+    "Round",
     "Sampling",
+    "SearchResult",
+    "SearchSettings",
     "Stages",
     "TableOrigin",
     "allocate",
     "best_levels",
     "divide",
     "measure_error_table",
+    "register_fitness",
     "register_partition",
     "register_strategy",
+    "search",
     "strategies",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -11,12 +10,12 @@ from ..errors import AllocationError
 from ..host import Host, Prompt
 from ..pruning import Bank
 from ..runtime import applied
-from ..schedule import StageSchedule, Target
+from ..schedule import Target
 from .allocation import STRATEGIES, Allocation, Candidate, Entry, Request, Strategy, register_strategy
 from .costs import TOLERANCE, Budget
+from .defaults import DEFAULT_PROBES, DEFAULT_TARGET, partition_for, sampling_for
 from .mosaic import MosaicSettings
-from .partitions import Stages, divide
-from .sampling import Sampling
+from .partitions import Stages
 from .table import ErrorTable
 
 __all__ = [
@@ -32,11 +31,6 @@ __all__ = [
     "allocate",
     "register_strategy",
 ]
-
-DEFAULT_PROBES = 64
-"""How many of the calibration's prompts are used if none are given; a user's own are all used."""
-
-DEFAULT_TARGET = "macs:0.67"
 
 
 @torch.no_grad()
@@ -88,40 +82,23 @@ def allocate(
         AllocationError: no level is cheap enough, a stage is visited by no step, or `table` was measured otherwise.
         ScheduleError: boundaries or levels that make no schedule of this bank.
     """
-    made: Mapping[str, Any] = bank.provenance.get("calibration") or {}
-    steps = steps if steps is not None else made.get("steps", 25)
-    guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
-    prompts = list(prompts if prompts is not None else made.get("prompts", [])[:DEFAULT_PROBES])
-    if steps < 1:
-        raise AllocationError(f"`steps` must be at least 1, got {steps}.")
+    sampling = sampling_for(
+        host,
+        bank,
+        prompts=prompts,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch_size,
+        mosaic=mosaic,
+    )
     if strategy not in STRATEGIES:
         raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
     if (levels is not None) != (strategy == "hand"):
         raise AllocationError("strategy 'hand' needs `levels`, one a stage, noisiest first; no other takes them.")
     wanted = Target.parse(target if target is not None else 1.0 if strategy == "hand" else DEFAULT_TARGET)
-    sampling = Sampling(host, prompts, steps, guidance, seed, batch_size, mosaic or MosaicSettings())
-    partition = _partition(sampling, bank, strategy, stages, levels, empty)
+    partition = partition_for(sampling, bank, stages, empty, STRATEGIES[strategy].stages, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
         budget = Budget.of(wanted, sampling, pruner)
         return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table))
-
-
-def _partition(
-    sampling: Sampling,
-    bank: Bank,
-    strategy: str,
-    stages: Stages | None,
-    levels: Sequence[float] | None,
-    empty: str | None,
-) -> StageSchedule:
-    """The stages that were asked for; those of a bank that distinguishes stages; one a level given by hand; or what the
-    strategy works on, of which those that no step visits are left out.
-    """
-    if stages is None and bank.stages > 1:
-        stages = bank.edges[1:-1]
-    elif stages is None and levels is not None:
-        stages = len(levels)
-    if stages is not None:
-        return divide(stages, sampling, levels, empty or "refuse")
-    return divide(STRATEGIES[strategy].stages, sampling, empty=empty or "merge")

@@ -4,7 +4,7 @@ from .bank import Bank, Consumer, ConsumerKey, fingerprint_of
 from .levels import DEFAULT_LEVELS, realised_sparsity
 from .methods import methods, register_method
 from .prune import prune
-from .sparse import NM, Share, sparsify
+from .sparse import NM, Pattern, Share, parse_pattern, sparsify
 
 __all__ = [
     "DEFAULT_LEVELS",
@@ -12,9 +12,11 @@ __all__ = [
     "Bank",
     "Consumer",
     "ConsumerKey",
+    "Pattern",
     "Share",
     "fingerprint_of",
     "methods",
+    "parse_pattern",
     "prune",
     "realised_sparsity",
     "register_method",

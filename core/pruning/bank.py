@@ -5,9 +5,10 @@ model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BankError, ScheduleError
@@ -93,6 +94,23 @@ class Bank:
         """The consumer at `path` for a level above 0 in one of the bank's stages."""
         return self.consumers[ConsumerKey(path, level, stage if self.consumer_sharing == "stage" else 0)]
 
+    def skipped(self, level: int, stage: int) -> tuple[int, ...]:
+        """Indices of the whole blocks that a level leaves out in one of the bank's stages."""
+        gone = [self.order(g.name, stage)[self.kept[g.name][level] :] for g in self.groups if g.kind == "block"]
+        return tuple(sorted(torch.cat(gone).tolist())) if gone else ()
+
+    def at_stage(self, stage: int) -> Bank:
+        """What the bank holds for one of its stages, for the whole trajectory. BankError if there is no such stage."""
+        if not 0 <= stage < self.stages:
+            raise BankError(f"`stage` must be from 0 (noisiest) to {self.stages - 1}, got {stage}.")
+        keys = [key for key in self.consumers if key.stage == 0]
+        return replace(
+            self,
+            orders={group.name: self.order(group.name, stage) for group in self.groups},
+            consumers={key: self.consumer(key.path, key.level, stage) for key in keys},
+            edges=(1.0, 0.0),
+        )
+
     def level_of(self, sparsity: float) -> int:
         """Index of the level with this sparsity. ScheduleError lists the levels that there are."""
         for level, value in enumerate(self.sparsities):
@@ -119,11 +137,25 @@ class Bank:
         return bound
 
     def macs(self, cost: DenoiserCost) -> dict[float, int]:
-        """Sparsity -> MACs of one forward of one sample."""
+        """Sparsity -> MACs of one forward of one sample.
+
+        Blocks that a level leaves out can differ from stage to stage and so can what they cost; the dearest counts.
+        """
         return {
-            sparsity: cost.macs({name: counts[level] for name, counts in self.kept.items()})
+            sparsity: max(
+                cost.macs({name: counts[level] for name, counts in self.kept.items()}, self.skipped(level, stage))
+                for stage in range(self.stages)
+            )
             for level, sparsity in enumerate(self.sparsities)
         }
+
+    def realised(self, cost: DenoiserCost) -> list[float]:
+        """Share of the MACs of its groups that each level really removes."""
+        prunable = sum(
+            sum(cost.block_macs) if group.kind == "block" else cost.units[group.name] * group.size
+            for group in self.groups
+        )
+        return [(cost.dense - macs) / prunable for macs in self.macs(cost).values()]
 
     def check_class(self, denoiser: nn.Module) -> None:
         """BankError if `denoiser` is not even of the class that the bank was made for."""
@@ -158,7 +190,7 @@ class Bank:
         return self  # never changed after it is made, and large
 
     def __str__(self) -> str:
-        kinds = {kind: sum(g.kind == kind for g in self.groups) for kind in ("head", "neuron", "channel")}
+        kinds = {kind: sum(g.kind == kind for g in self.groups) for kind in ("head", "neuron", "channel", "block")}
         groups = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items() if count)
         lines = [
             f"Bank of {self.denoiser} ({self.component}): method {self.method}, groups: {groups}",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+import torch
+from torch import Tensor
+
 from ..errors import BankError
 from ..groups import DenoiserCost, Group
 
@@ -60,6 +63,20 @@ def kept_counts(
     return {name: tuple(min(counts[: i + 1]) for i in range(len(counts))) for name, counts in kept.items()}
 
 
+def kept_blocks(order: Tensor, cost: DenoiserCost, sparsities: Sequence[float]) -> tuple[int, ...]:
+    """Whole blocks kept at each level: the count that comes nearest to the asked share of all blocks' MACs, at least 1.
+
+    Args:
+        order: block indices, most important first, shape (blocks,), or (stages, blocks): then stages are averaged.
+        cost: MACs of the denoiser.
+        sparsities: level sparsities, rising, the first 0.
+    """
+    shares = torch.tensor(cost.block_macs, dtype=torch.float64)
+    shares = (shares / shares.sum())[order.reshape(-1, len(shares))].mean(0)  # by place in the order
+    removed = 1 - shares.cumsum(0)  # with 1, 2, ... blocks kept
+    return tuple(int((removed - sparsity).abs().argmin()) + 1 if sparsity else len(shares) for sparsity in sparsities)
+
+
 def realised_sparsity(kept: dict[str, tuple[int, ...]], cost: DenoiserCost, level: int) -> float:
     """Share of the MACs of the groups in `kept` that a level really removes."""
     counts = {name: values[level] for name, values in kept.items()}
@@ -68,7 +85,7 @@ def realised_sparsity(kept: dict[str, tuple[int, ...]], cost: DenoiserCost, leve
 
 def select_groups(groups: Sequence[Group], kinds: Collection[str]) -> list[Group]:
     """Groups of the asked kinds. BankError if a kind is unknown or the denoiser has none."""
-    present = {group.kind for group in groups if group.kind != "block"}
+    present = {group.kind for group in groups if group.kind != "block" or set(kinds) == {"block"}}
     unknown = set(kinds) - present
     if unknown or not kinds:
         raise BankError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..errors import BankError
+from ..errors import BankError, CalibrationError
 from ..groups import Group
 from .compensate import with_bias
 from .obs import Order, obs_order
@@ -36,12 +36,14 @@ class GroupProblem:
         consumers: the layers that read it.
         producers: weight rows of each unit in each producer, shape (units, channels, in), `in` as for consumers.
         seed: for methods that draw.
+        scores: statistic -> a number a unit that the calibration has summed, shape (units,), float64.
     """
 
     group: Group
     consumers: Sequence[ConsumerProblem]
     producers: Sequence[Tensor]
     seed: int = 0
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 OrderFunction = Callable[[GroupProblem], Order]
@@ -56,26 +58,31 @@ class Method:
         compensates: whether its consumers are compensated; if not, they are slices of the dense ones.
         needs_data: whether it needs a calibration.
         summary: one line.
+        kinds: unit kinds that it can order.
     """
 
     order: OrderFunction
     compensates: bool
     needs_data: bool
     summary: str
+    kinds: Collection[str]
 
 
 _METHODS: dict[str, Method] = {}
 
+WIDTH_KINDS = ("head", "neuron", "channel")
+
 
 def register_method(
-    name: str, *, compensates: bool = False, needs_data: bool = False
+    name: str, *, compensates: bool = False, needs_data: bool = False, kinds: Collection[str] = WIDTH_KINDS
 ) -> Callable[[OrderFunction], OrderFunction]:
     """Decorator: make an order function known as a method of `prune`.
 
     Args:
         name: what `prune` calls it.
         compensates: give it consumers that make up for what is gone; needs a calibration, whatever `needs_data` says.
-        needs_data: show it the consumers' Hessians.
+        needs_data: show it the consumers' Hessians, and whatever else the calibration has on the group.
+        kinds: unit kinds that it can order: by default those made of channels, which have consumers.
 
     Example:
         >>> @register_method("mean-input", needs_data=True)
@@ -84,7 +91,7 @@ def register_method(
 
     def register(function: OrderFunction) -> OrderFunction:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        _METHODS[name] = Method(function, compensates, compensates or needs_data, summary)
+        _METHODS[name] = Method(function, compensates, compensates or needs_data, summary, tuple(kinds))
         return function
 
     return register
@@ -97,6 +104,13 @@ def methods() -> dict[str, str]:
 
 def find_method(name: str) -> Method:
     """The method called `name`; BankError lists those that exist."""
+    if name.endswith(("-unstructured", "-nm")):
+        pattern = '"2:4"' if name.endswith("-nm") else "0.5"
+        raise BankError(
+            f"`method` {name!r} zeroes single weights, which makes one static model and no levels to switch between: "
+            f'use stageprune.sparsify(pipe, calibration, pattern={pattern}, method="{name.rpartition("-")[0]}"), or '
+            "`stageprune sparsify`."
+        )
     if name not in _METHODS:
         raise BankError(f"`method` must be one of {', '.join(_METHODS)}; got {name!r}.")
     return _METHODS[name]
@@ -133,6 +147,12 @@ def activation(problem: GroupProblem) -> Order:
     return _by_score(score)
 
 
+@register_method("taylor", needs_data=True)
+def taylor(problem: GroupProblem) -> Order:
+    """Largest first-order change of the denoising loss stays; not compensated (Diff-Pruning)."""
+    return _by_score(_scores(problem, "taylor", "taylor=0.05"))
+
+
 @register_method("magnitude")
 def magnitude(problem: GroupProblem) -> Order:
     """Largest L2 norm of a unit's producer rows and consumer columns stays; no data, no compensation."""
@@ -144,11 +164,31 @@ def magnitude(problem: GroupProblem) -> Order:
     return _by_score(score)
 
 
-@register_method("random")
+@register_method("random", kinds=(*WIDTH_KINDS, "block"))
 def random(problem: GroupProblem) -> Order:
     """A random order from the seed; no data, no compensation. The floor that any method must beat."""
     generator = torch.Generator().manual_seed(problem.seed)
     return _by_score(torch.rand(problem.group.size, generator=generator, dtype=torch.float64))
+
+
+@register_method("depth", needs_data=True, kinds=("block",))
+def depth(problem: GroupProblem) -> Order:
+    """Whole blocks: those stay that turn what flows through them most, by 1 - cos(out, in) (Diff-ES's layerdrop)."""
+    return _by_score(_scores(problem, "drift", 'kinds=("block",)'))
+
+
+@register_method("depth-output", needs_data=True, kinds=("block",))
+def depth_output(problem: GroupProblem) -> Order:
+    """Whole blocks: those stay without which, each alone, the denoiser's output errs most."""
+    return _by_score(_scores(problem, "output", 'kinds=("block",), skip_blocks=True'))
+
+
+def _scores(problem: GroupProblem, statistic: str, how: str) -> Tensor:
+    if statistic not in problem.scores:
+        raise CalibrationError(
+            f"the calibration has nothing on `{problem.group.name}` under {statistic!r}: calibrate with {how}."
+        )
+    return problem.scores[statistic]
 
 
 def _hessian(consumer: ConsumerProblem) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_
 from ..host import Host
 from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
 from .compensate import compensate, damp, finite, with_bias
-from .levels import DEFAULT_LEVELS, check_sparsities, kept_counts, realised_sparsity, select_groups
-from .methods import ConsumerProblem, GroupProblem, Method, find_method
+from .levels import DEFAULT_LEVELS, check_sparsities, kept_blocks, kept_counts, select_groups
+from .methods import WIDTH_KINDS, ConsumerProblem, GroupProblem, Method, find_method
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def prune(
         calibration: Hessians of this denoiser; `obs`, `wanda` and `activation` need it, others ignore it.
         method: one of `stageprune.methods()`.
         levels: sparsities, in [0, 1); dense is always added.
-        kinds: unit kinds to prune; by default those that were calibrated, or else heads and neurons.
+        kinds: unit kinds to prune; by default those that were calibrated, or else heads and neurons. `["block"]`, for
+            `depth`, `depth-output` and `random`, skips whole blocks.
         order: `shared`, one order for all stages (prefix views, free switches), or `stage`, one for each stage of the
             calibration (gathered at a switch).
         consumers: `shared`, one compensated consumer a level, or `stage`, one a level and stage of the calibration.
@@ -64,8 +65,7 @@ def prune(
         CalibrationError: the calibration is of another model, or has too few rows for a Hessian's rank.
     """
     recipe = _check(host, calibration, method, order, consumers, damping)
-    chosen = _calibrated_kinds(calibration) if kinds is None else kinds
-    groups = select_groups(find_groups(host.denoiser), chosen)
+    groups = select_groups(find_groups(host.denoiser), _kinds(method, recipe, calibration, kinds))
     sparsities = check_sparsities(levels)
     cost = measure_cost(host.denoiser, size=host.input_size)
     counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
@@ -75,6 +75,8 @@ def prune(
     for group in progress.track(groups, "ordering units"):
         parts = [solver.order(group, stage) for stage in solver.order_stages(order)]
         orders[group.name] = torch.stack(parts) if order == "stage" else parts[0]
+        if group.kind == "block" and kept is None:  # what blocks cost differs, so their order comes first
+            counts[group.name] = kept_blocks(orders[group.name], cost, sparsities)
     solved: dict[ConsumerKey, Consumer] = {}
     sites = consumer_sites(groups)
     for path in progress.track(sites, "compensating" if recipe.compensates else "slicing"):
@@ -83,7 +85,7 @@ def prune(
                 g.name: (orders[g.name][stage or 0] if order == "stage" else orders[g.name]) for g, _ in sites[path]
             }
             solved.update(solver.consumers(path, stage, units, counts))
-    return Bank(
+    bank = Bank(
         denoiser=type(host.denoiser).__name__,
         component=host.component,
         groups=tuple(groups),
@@ -95,9 +97,12 @@ def prune(
         method=method,
         fingerprint=fingerprint_of(host.denoiser),
         consumer_shapes={path: tuple(layer_at(host.denoiser, path).weight.shape) for path in sites},
+    )
+    return replace(
+        bank,
         provenance={
             **{key: value for key, value in host.describe().items() if key in ("pipeline", "model", "size")},
-            "realised": [round(realised_sparsity(counts, cost, level), 6) for level in range(len(sparsities))],
+            "realised": [round(share, 6) for share in bank.realised(cost)],
             "method": method,
             "damping": damping,
             "multiple": multiple,
@@ -108,9 +113,22 @@ def prune(
     )
 
 
-def _calibrated_kinds(calibration: Calibration | None) -> Sequence[str]:
+def calibrated_kinds(calibration: Calibration | None) -> Sequence[str]:
+    """Unit kinds that a calibration was made for; without one, heads and neurons."""
     known: Sequence[str] = calibration.provenance.get("kinds", DEFAULT_KINDS) if calibration else DEFAULT_KINDS
-    return known
+    return [kind for kind in known if kind != "block"] or DEFAULT_KINDS
+
+
+def _kinds(method: str, recipe: Method, calibration: Calibration | None, kinds: Sequence[str] | None) -> Sequence[str]:
+    """Unit kinds to prune. Whole blocks go by themselves: their levels are other levels."""
+    if kinds is None:
+        return [kind for kind in calibrated_kinds(calibration) if kind in recipe.kinds] or ["block"]
+    if "block" in kinds and len(set(kinds)) > 1:
+        raise BankError(f"`kinds` must be whole blocks alone, or others without them; got {sorted(kinds)}.")
+    wrong = [kind for kind in kinds if kind in (*WIDTH_KINDS, "block") and kind not in recipe.kinds]
+    if wrong:
+        raise BankError(f"method {method!r} orders units of kind {', '.join(recipe.kinds)}; got `kinds` {list(kinds)}.")
+    return kinds
 
 
 def _check(
@@ -182,7 +200,8 @@ class _Solver:
         ]
         rows = [part.movedim(0, 1).flatten(1, 2) for part in producers]
         seed = self.seed + zlib.crc32(group.name.encode())
-        return self.method.order(GroupProblem(group, problems, rows, seed)).units
+        scores = self.calibration.scores_of(group.name, stage) if self.calibration and self.method.needs_data else {}
+        return self.method.order(GroupProblem(group, problems, rows, seed, scores)).units
 
     def consumers(
         self, path: str, stage: int | None, units: Mapping[str, Tensor], counts: Mapping[str, tuple[int, ...]]
@@ -193,7 +212,7 @@ class _Solver:
         levels = len(counts[entries[0][0].name])
         hessian = self.hessian(path, stage) if self.method.compensates else None
         dense = matrix_of(layer).detach()
-        channels, kept_places = _nested_columns(entries, units, counts, inputs_of(layer))
+        channels, kept_places = nested_columns(entries, units, counts, inputs_of(layer))
         columns = matrix_columns(channels, taps_of(layer)).to(dense.device)
         places = [matrix_columns(place, taps_of(layer)) for place in kept_places]
         kept = [len(place) for place in places]
@@ -209,7 +228,7 @@ class _Solver:
             yield ConsumerKey(path, level, stage or 0), Consumer(shaped, bias.to(dense.dtype).clone())
 
 
-def _nested_columns(
+def nested_columns(
     entries: Sequence[tuple[Group, int]],
     units: Mapping[str, Tensor],
     counts: Mapping[str, tuple[int, ...]],

@@ -54,6 +54,11 @@ class Share:
         cheapest = costs.flatten().topk(round(self.zeros * costs.numel()), largest=False, sorted=False).indices
         return torch.zeros_like(costs, dtype=torch.bool).flatten().scatter_(0, cheapest, True).view_as(costs)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a matrix (out, columns) has that many zeros, but for the rounding of each block."""
+        blocks = -(-weight.shape[1] // BLOCK)
+        return int((weight == 0).sum()) >= self.zeros * weight.numel() - blocks
+
     def __str__(self) -> str:
         return f"{self.zeros:g}"
 
@@ -85,11 +90,55 @@ class NM:
         cheapest = costs.topk(self.of - self.kept, dim=0, largest=False, sorted=False).indices
         return torch.zeros_like(costs, dtype=torch.bool).scatter_(0, cheapest, True)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether in a matrix (out, columns) every M consecutive weights of a row have at most N that are not 0."""
+        if weight.shape[1] % self.of:
+            return False
+        return bool(((weight != 0).reshape(len(weight), -1, self.of).sum(2) <= self.kept).all())
+
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}"
 
 
 Pattern = Share | NM
+
+
+def parse_pattern(text: str | float | Pattern) -> Pattern:
+    """`"2:4"` is N:M, a number (or `"0.5"`) the share of zeros. BankError for anything else.
+
+    Example:
+        >>> parse_pattern("4:8"), parse_pattern(0.5)
+        (NM(kept=4, of=8), Share(zeros=0.5))
+    """
+    if isinstance(text, Share | NM):
+        return text
+    try:
+        if isinstance(text, str) and ":" in text:
+            kept, of = text.split(":")
+            return NM(int(kept), int(of))
+        return Share(float(text))
+    except BankError:
+        raise
+    except (TypeError, ValueError):
+        raise BankError(
+            f"`pattern` must be N:M such as '2:4' (of every 4 weights 2 are kept) or a share of zeros such as 0.5, got "
+            f"{text!r}."
+        ) from None
+
+
+def mask_of(costs: Tensor, pattern: Pattern) -> Tensor:
+    """Zeros of a whole layer chosen at once, without blocks and without making up for any.
+
+    Args:
+        costs: of zeroing each weight, shape (out, columns), columns a multiple of M for `NM`.
+        pattern: what to zero.
+
+    Returns:
+        True for zeros, same shape.
+    """
+    span = pattern.span(costs.shape[1])
+    parts = costs.reshape(len(costs), -1, span).movedim(2, 0)  # (span, out, parts)
+    return pattern.choose(parts.flatten(1)).view(parts.shape).movedim(0, 2).flatten(1)
 
 
 def sparsify(weight: Tensor, hessian: Tensor, pattern: Pattern, block: int = BLOCK) -> tuple[Tensor, Tensor]:

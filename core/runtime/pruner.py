@@ -18,6 +18,7 @@ from ..groups.layer import inputs_of, layer_at, norm_at
 from ..host import InputSize, TauReader
 from ..pruning import Bank
 from ..schedule import StageSchedule
+from .blocks import SkippableBlock, to_skippable
 from .memory import resident_bytes
 from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
 from .swap import Producer, to_gathered, to_levels, to_offloaded, to_offloaded_rows, to_prefix
@@ -99,13 +100,13 @@ class StagePruner:
         self._settings: list[_Setting] = []
         self._gathers: list[tuple[GatheredRows | OffloadedRows, list[Tensor | None]]] = []
         self._offloaded: list[OffloadedColumns] = []
-        self._staged: list[StagedLayer] = []
+        self._staged: list[StagedLayer | SkippableBlock] = []
         self._active: int | None = None  # nothing has been set yet
         self._schedule = schedule
         self._bound: list[int] = []
         try:
             self._attach()
-            _make_room_for_graphs(len(self.variants), len(set(bank.consumer_shapes.values())))
+            _make_room_for_graphs(len(self.variants), len(set(bank.consumer_shapes.values())) or 1)
             self.schedule = schedule
             self.switch(0)
             if self.trimmed:
@@ -215,6 +216,15 @@ class StagePruner:
             module = self.denoiser.get_submodule(attribute.path)
             self._settings.append(_Setting(module, attribute.name, [attribute.per_unit * count for count in kept]))
 
+        self._attach_blocks(group)
+
+    def _attach_blocks(self, group: Group) -> None:
+        skipped = [self.bank.skipped(level, stage) for level, stage in self.variants]
+        for index, path in enumerate(group.blocks):
+            block = to_skippable(self.denoiser.get_submodule(path), group.passes)
+            self._staged.append(block)
+            self._settings.append(_Setting(block, "stage_skipped", [int(index in gone) for gone in skipped]))
+
     def _attach_rows(self, layer: Producer, group: Group, blocks: int, kept: Sequence[int]) -> None:
         rows = [count * group.width * blocks for count in kept]
         shared = self.bank.order_sharing == "shared"
@@ -308,6 +318,14 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
                 "unload LoRA, and load the unquantised model, before enabling stage pruning."
             )
         _refuse_offloaded(path, layer)
+    for path in (path for group in bank.groups for path in group.blocks):
+        block = denoiser.get_submodule(path)
+        _refuse_offloaded(path, block)
+        if "forward" in block.__dict__:
+            raise StagePruneError(
+                f"the forward of `{path}` has been replaced, so the block cannot be skipped. Enable stage pruning "
+                "first; to compile a block use block.compile()."
+            )
 
 
 def _check_companions(denoiser: nn.Module, bank: Bank) -> None:

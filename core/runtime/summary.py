@@ -10,7 +10,7 @@ from torch import nn
 from ..groups import DenoiserCost
 from ..groups.layer import inputs_of, layer_at, norm_at, outputs_of, taps_of
 from ..host import InputSize
-from ..pruning import Bank, realised_sparsity
+from ..pruning import Bank
 from ..schedule import ExecutedCost, executed_cost
 from .memory import resident_bytes
 from .pruner import StagePruner
@@ -18,7 +18,9 @@ from .pruner import StagePruner
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: what was asked and what it comes to; units as `kept/all`, channels counted in norm groups."""
+    """One stage: what was asked and what it comes to; units as `kept/all`, channels counted in norm groups, whole
+    blocks as such.
+    """
 
     high: float
     low: float
@@ -28,9 +30,13 @@ class StageRow:
     heads: str
     neurons: str
     channels: str
+    blocks: str
     macs: int
     parameters: int
 
+
+NONE = "0/0"
+"""A cell of a kind of unit that the bank does not prune."""
 
 _COLUMNS: tuple[tuple[str, int, Callable[[int, StageRow], str]], ...] = (
     ("stage", 5, lambda index, row: str(index)),
@@ -41,6 +47,7 @@ _COLUMNS: tuple[tuple[str, int, Callable[[int, StageRow], str]], ...] = (
     ("heads", 9, lambda index, row: row.heads),
     ("neurons", 13, lambda index, row: row.neurons),
     ("channels", 9, lambda index, row: row.channels),
+    ("blocks", 7, lambda index, row: row.blocks),
     ("GMACs", 8, lambda index, row: f"{row.macs / 1e9:.3f}"),
     ("M params", 8, lambda index, row: f"{row.parameters / 1e6:.2f}"),
 )
@@ -76,12 +83,12 @@ class StageSummary:
     @property
     def prunes_channels(self) -> bool:
         """Whether inner channels of convolutions are pruned too."""
-        return any(row.channels != "0/0" for row in self.stages)
+        return any(row.channels != NONE for row in self.stages)
 
     def __str__(self) -> str:
         size = self.size or "the model's default size"
         lines = [f"Stage pruning (noisiest stage first; MACs of one sample's forward at {size})"]
-        shown = [column for column in _COLUMNS if column[0] != "channels" or self.prunes_channels]
+        shown = [column for column in _COLUMNS if any(column[2](0, row) != NONE for row in self.stages)]
         lines.append("  ".join(f"{name:>{width}}" for name, width, _ in shown))
         for index, row in enumerate(self.stages):
             lines.append("  ".join(f"{cell(index, row):>{width}}" for _, width, cell in shown))
@@ -117,20 +124,21 @@ def summarise(
     cost, size = at or (pruner.cost, pruner.size)
     macs = bank.macs(cost)
     dense = pruner.dense_parameters
-    rows = []
-    for stage, (level, _) in zip(schedule.stages, bank.bind(schedule), strict=True):
+    rows, realised = [], bank.realised(cost)
+    for stage, (level, at_stage) in zip(schedule.stages, bank.bind(schedule), strict=True):
         rows.append(
             StageRow(
                 high=stage.high,
                 low=stage.low,
                 level=level,
                 requested=stage.sparsity,
-                realised=realised_sparsity(dict(bank.kept), cost, level),
+                realised=realised[level],
                 heads=_kept(bank, level, "head"),
                 neurons=_kept(bank, level, "neuron"),
                 channels=_kept(bank, level, "channel"),
+                blocks=_kept(bank, level, "block"),
                 macs=macs[bank.sparsities[level]],
-                parameters=dense - _removed_parameters(pruner.denoiser, bank, level),
+                parameters=dense - _removed_parameters(pruner.denoiser, bank, level, at_stage),
             )
         )
     return StageSummary(
@@ -152,9 +160,11 @@ def _kept(bank: Bank, level: int, kind: str) -> str:
     return f"{sum(bank.kept[g.name][level] for g in groups)}/{sum(g.size for g in groups)}"
 
 
-def _removed_parameters(denoiser: nn.Module, bank: Bank, level: int) -> int:
-    """Parameters that a level does not use."""
-    removed = 0
+def _removed_parameters(denoiser: nn.Module, bank: Bank, level: int, stage: int) -> int:
+    """Parameters that a level does not use in one of the bank's stages."""
+    skipped = bank.skipped(level, stage)
+    blocks = [group.blocks[index] for group in bank.groups if group.kind == "block" for index in skipped]
+    removed = sum(parameter.numel() for path in blocks for parameter in denoiser.get_submodule(path).parameters())
     for group in bank.groups:
         channels = (group.size - bank.kept[group.name][level]) * group.width
         for producer in group.producers:

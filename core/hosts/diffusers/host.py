@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import StagePruneError
 from ...groups import families
 from ...host import Conditions, InputSize, NoiseLevel, Prompt, SamplerState, TauReader
-from .noise import noise_levels
+from .noise import noise_levels, target
 from .pipelines import PipelineAdapter, Sampler, Size, adapter_for, as_pixels, find_adapter
 from .timesteps import TimestepReader, reader_for
 
@@ -82,6 +82,10 @@ class DiffusersHost:
     def noise_levels(self, taus: Sequence[float]) -> list[NoiseLevel]:
         """Of the scheduler's noise schedule: DDPM-like, or flow matching, whose tau is sigma, shifted already."""
         return noise_levels(self.pipe.scheduler, taus)
+
+    def target(self, samples: Tensor, noise: Tensor, tau: float) -> Tensor:
+        """By the scheduler's `prediction_type`."""
+        return target(self.pipe.scheduler, samples, noise, tau)
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""

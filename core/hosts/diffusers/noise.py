@@ -36,6 +36,21 @@ def noise_levels(scheduler: Any, taus: Sequence[float]) -> list[NoiseLevel]:
     return [NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5) for alpha in alphas.tolist()]
 
 
+def target(scheduler: Any, samples: Tensor, noise: Tensor, tau: float) -> Tensor:
+    """What a denoiser is trained to give, by the scheduler's `prediction_type`; for flow matching the velocity.
+
+    Raises:
+        StagePruneError: the type is not known.
+    """
+    if is_flow_matching(scheduler):
+        return noise - samples
+    kind, level = scheduler.config.prediction_type, noise_levels(scheduler, [tau])[0]
+    targets = {"epsilon": noise, "sample": samples, "v_prediction": level.signal * noise - level.noise * samples}
+    if kind not in targets:
+        raise StagePruneError(f"the scheduler's `prediction_type` must be one of {', '.join(targets)}, got {kind!r}.")
+    return targets[kind]
+
+
 def is_flow_matching(scheduler: Any) -> bool:
     """Whether x_t = (1 - tau) x_0 + tau eps. Some schedulers can be configured either way."""
     config = scheduler.config

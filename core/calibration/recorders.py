@@ -1,0 +1,117 @@
+"""All that one calibration records: second moments of layers' inputs, and scores of whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..groups import Group, consumer_sites, find_groups, input_sites, layer_paths, width_groups
+from ..groups.layer import layer_at, matrix_of
+from ..host import Host
+from .blocks import BlockRecorder
+from .calibration import Calibration
+from .hessian import HessianRecorder
+from .taylor import TaylorRecorder
+
+Layers = Literal["consumers", "all"]
+
+
+class Recorders:
+    """What is asked for, recorded together.
+
+    Args:
+        host: the pipeline.
+        stages: number of stages that are kept apart.
+        kinds: unit kinds that will be pruned; `block` scores whole blocks.
+        layers: whose inputs.
+        skip_blocks: see `BlockRecorder`.
+        taylor: threshold of a `TaylorRecorder`; none by default.
+
+    Raises:
+        CalibrationError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        stages: int,
+        kinds: Sequence[str],
+        layers: Layers,
+        skip_blocks: bool,
+        taylor: float | None = None,
+    ) -> None:
+        groups = _of_kinds(find_groups(host.denoiser), kinds)
+        held = _held(host, width_groups(groups), layers)
+        widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in dict.fromkeys(held.values())}
+        self.shared = {path: leader for path, leader in held.items() if path != leader}
+        self.hessians = HessianRecorder(host.denoiser, widths, stages)
+        whole = [group for group in groups if group.kind == "block"]
+        if skip_blocks and not whole:
+            raise CalibrationError('`skip_blocks` scores whole blocks: calibrate with `kinds` that hold "block".')
+        self.blocks = [BlockRecorder(host.denoiser, group, stages, skip_blocks, self.hessians) for group in whole]
+        if taylor is not None and not 0 <= taylor < 1:
+            raise CalibrationError(f"`taylor` must be a share of the largest loss in [0, 1), got {taylor}.")
+        widths_too = width_groups(groups) if taylor is not None else []
+        self.taylor = [TaylorRecorder(host, widths_too, stages, taylor)] if taylor is not None and widths_too else []
+        self._all: list[HessianRecorder | BlockRecorder | TaylorRecorder] = [self.hessians, *self.blocks, *self.taylor]
+
+    def at(self, stage: int, alpha: float, tau: float) -> None:
+        """The next calls belong to this stage and count this much."""
+        for recorder in self._all:
+            recorder.stage, recorder.alpha = stage, alpha
+        for recorder in self.taylor:
+            recorder.tau = tau
+
+    def finish(self, samples: Tensor, seeds: Sequence[int]) -> None:
+        """The trajectory has ended with these latents."""
+        for recorder in self.taylor:
+            recorder.finish(samples, seeds)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record every call within the block."""
+        with ExitStack() as stack:
+            for recorder in self._all:
+                stack.enter_context(recorder.recording())
+            yield
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]:
+        """Of units and whole blocks, as in `Calibration`."""
+        scores: dict[str, Tensor] = {}
+        for block in self.blocks:
+            scores |= block.scores
+        for taylor in self.taylor:
+            scores |= taylor.scores
+        return scores
+
+    def resume(self, saved: Calibration) -> None:
+        """Go on from these sums."""
+        mine = {**self.hessians.hessians, **self.scores}
+        for name, table in (*saved.hessians.items(), *saved.scores.items()):
+            mine[name].copy_(table)
+        for path, rows in saved.rows.items():
+            self.hessians.rows[path].copy_(rows)
+
+
+def _of_kinds(groups: Sequence[Group], kinds: Sequence[str]) -> list[Group]:
+    present = {group.kind for group in groups}
+    if not kinds or set(kinds) - present:
+        raise CalibrationError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
+    return [group for group in groups if group.kind in kinds]
+
+
+def _held(host: Host, groups: Sequence[Group], layers: Layers) -> dict[str, str]:
+    """Path of each layer whose input is asked for -> the layer under whose path its Hessian is summed."""
+    if layers not in ("consumers", "all"):
+        raise CalibrationError(f"`layers` must be 'consumers' or 'all', got {layers!r}.")
+    consumers = {path: path for path in consumer_sites(groups)}
+    if layers == "consumers":
+        return consumers
+    sites = input_sites(host.denoiser, layer_paths(groups), host.input_size)
+    # What is read once a sample (the timestep's embedding) has too few different rows to learn from.
+    return {path: site.leader for path, site in sites.items() if site.rows > 1} | consumers

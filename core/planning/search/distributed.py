@@ -1,0 +1,77 @@
+"""Processes of `accelerate launch` or `torchrun`, on one machine or several, that share a search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SearchError
+from .processes import Processes, Single, T
+
+_PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others: as long as they may take to measure an error table."""
+
+
+class Accelerated:
+    """Processes that found each other through accelerate. All run alike hardware, and each holds a whole pipeline.
+
+    Candidates of a round are divided among them, those that share a prefix together; their results go to all. So every
+    process makes every decision by itself, and the result is that of one process. Only the first reads and writes
+    files, so that machines need not share a disk: on each of two, `accelerate launch --num_machines 2 --machine_rank 0
+    (or 1) --main_process_ip ... -m stageprune search ...`. If one process is killed the launcher stops all; the same
+    command goes on, with any number of processes.
+
+    Args:
+        state: an `accelerate.PartialState`.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files."""
+        return bool(self.state.is_main_process)
+
+    @property
+    def device(self) -> str:
+        """Where this process's pipeline belongs."""
+        return str(self.state.device)
+
+    def part(self, count: int) -> range:
+        """One of as many runs of neighbours as there are processes."""
+        rank, size = self.state.process_index, self.state.num_processes
+        return range(rank * count // size, (rank + 1) * count // size)
+
+    def gather(self, made: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The results of all processes."""
+        from accelerate.utils import gather_object  # noqa: PLC0415  (an extra)
+
+        return dict(gather_object(list(made.items())))
+
+    def agree(self, value: T) -> T:
+        """The first process's value."""
+        from accelerate.utils import broadcast_object_list  # noqa: PLC0415  (an extra)
+
+        agreed: T = broadcast_object_list([value])[0]
+        return agreed
+
+
+def processes_here() -> Processes:
+    """Those that this process was launched with; this one alone if it was launched by itself.
+
+    Raises:
+        SearchError: it was launched with others, and accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Single()
+    try:
+        from accelerate import PartialState  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise SearchError("a search in several processes needs accelerate: pip install accelerate.") from None
+    return Accelerated(PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE))

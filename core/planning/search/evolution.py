@@ -1,0 +1,239 @@
+"""Diff-ES's evolution over levels (arXiv 2603.05105, its search loop), with the selection in rounds of EvoPress.
+
+A generation mutates the survivors, judges the new schedules together with them, and keeps the best: the best one never
+gets worse. Unlike Diff-ES it counts the budget over executed calls, judges on several fidelities, tries nothing twice,
+knows when to stop, chooses the winner on probes that the search has not seen, and can be interrupted at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ... import progress
+from ...errors import SearchError
+from ...schedule import StageSchedule
+from ..allocation import Request
+from ..sampling import Sampling
+from .fitness import Fitness
+from .initial import Init, Nursery, given_genome, initial_pool
+from .ledger import Ledger
+from .metered import MeteredHost
+from .mutation import TRIES, mutate
+from .probes import blocks_of
+from .processes import Processes
+from .result import Finalist, Generation, SearchResult
+from .selection import Selection, probe_counts
+from .settings import SearchSettings
+from .space import Genome, Space
+from .state import SearchState
+from .trajectories import Trajectories, copies_hold
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is searched.
+
+    Args:
+        request: the arguments of an allocation, on the search probes.
+        held_out: the same run on held-out probes.
+        fitness: what is minimised.
+        settings: of the evolution.
+        init: how it begins.
+    """
+
+    request: Request
+    held_out: Sampling
+    fitness: Fitness
+    settings: SearchSettings
+    init: Init
+
+    @property
+    def probes(self) -> int:
+        """Number of search probes."""
+        return len(self.request.sampling.prompts)
+
+
+class Evolution:
+    """A search under way.
+
+    Args:
+        task: what is searched.
+        state: where it is; goes on.
+        ledger: what is known of each candidate; grows.
+        save: called after every generation, and at the end.
+        processes: that share the work.
+
+    Raises:
+        SearchError, ScheduleError, AllocationError: the budget cannot be met, or the schedule to start from does not
+            fit. Nothing has been run then.
+    """
+
+    def __init__(
+        self, task: Task, state: SearchState, ledger: Ledger, save: Callable[[], None], processes: Processes
+    ) -> None:
+        self.task, self.state, self.ledger, self.save, self.processes = task, state, ledger, save, processes
+        self.space = Space.of(task.request)
+        if isinstance(task.init, StageSchedule):
+            given_genome(task.init, task.request, self.space)  # says what is wrong with it before anything is run
+        self._since, self._before = time.perf_counter(), state.cost
+
+    def run(self) -> SearchResult:
+        """From where it is to the end."""
+        state, task = self.state, self.task
+        if not state.reason:
+            self._evolve()
+        if not state.finalists:
+            self._finals()
+        allocation = task.request.allocation("search", state.finalists[0].levels)
+        return SearchResult(
+            schedule=allocation.schedule,
+            fitness=task.fitness.name,
+            target=allocation.target,
+            executed=allocation.executed,
+            spent=allocation.spent,
+            finalists=tuple(state.finalists),
+            start=self._value(state.starts[0]) if state.starts else None,
+            dense=state.dense,
+            history=tuple(state.history),
+            reason=state.reason,
+            cost=state.cost,
+            settings=task.settings,
+        )
+
+    def _value(self, genome: Genome) -> float:
+        """Fitness on all search probes."""
+        return self.ledger.value(genome, self.task.probes)
+
+    def _evolve(self) -> None:
+        state, settings = self.state, self.task.settings
+        counts = probe_counts(settings, self.task.fitness, self.task.probes)
+        runs = self._trajectories(counts)
+        with progress.bar(settings.generations, "searching", "generation", shown=self.processes.first) as bar:
+            selection = Selection(runs, self.ledger, settings, counts, self.processes, lambda: self._show(bar))
+            bar.update(len(state.history))
+            while not state.reason:
+                self._generation(selection)
+                bar.update(1)
+                self._show(bar)
+                self.save()
+
+    def _show(self, bar: Any) -> None:
+        best = f"best {self.state.history[-1].best:.3e}, " if self.state.history else ""
+        bar.set_postfix_str(f"{best}{len(self.ledger.rows)} candidates, {self.state.cost.saved:.0%} of steps saved")
+
+    def _trajectories(self, counts: list[int]) -> Trajectories:
+        """Dense references, and the states that an interrupted search had, as far as they are here again."""
+        state, task = self.state, self.task
+        sampling, blocks = task.request.sampling, blocks_of(task.request.sampling, counts)
+        memory, holds, checked = int(task.settings.memory * _GIB), True, 0
+        if memory:
+            holds, checked = self.processes.agree(copies_hold(sampling, blocks[0]))
+        if not holds:
+            logger.warning(
+                "this sampler does not give the same result twice from one state, so that candidates share none and "
+                "an interrupted search will not end as it would have."
+            )
+        runs = Trajectories(task.request, blocks, memory, share=holds)
+        again, dense = bool(state.cost.references), runs.steps + checked
+        self._add(**{"repeated" if again else "references": dense})
+        runs.steps = runs.shared = 0
+        if again:
+            runs.trie.reset(state.keys)
+        else:
+            trial = Ledger(task.fitness)
+            for outcome in runs.dense:  # also says what is wrong with the fitness before any candidate is run
+                trial.add((), task.fitness.statistics(outcome, outcome))
+            state.dense = trial.value((), task.probes)
+            state.keys = runs.trie.keys()
+        return runs
+
+    def _generation(self, selection: Selection) -> None:
+        state, settings, runs = self.state, self.task.settings, selection.trajectories
+        if not state.history and not state.pool:
+            self._initial()
+            self.save()
+        pool = self._offspring() if state.history else state.pool
+        # What the search must not end worse than has to reach the last round.
+        exempt = state.starts[:1] if not state.history else []
+        if not pool:
+            state.reason = "exhausted"
+            return
+        best = state.history[-1].best if state.history else math.inf
+        steps, shared, repeated, stopped = runs.steps, runs.shared, runs.repeated, selection.stopped
+        state.survivors, state.pool = selection.select(pool, state.survivors, exempt), []
+        self._add(
+            search=runs.steps - steps,
+            shared=runs.shared - shared,
+            repeated=runs.repeated - repeated,
+            stopped=selection.stopped - stopped,
+        )
+        values = tuple(self._value(genome) for genome in state.survivors)
+        levels = tuple(self.space.levels(genome) for genome in state.survivors)
+        state.history.append(Generation(len(pool), levels, values, state.cost.search))
+        state.stale = 0 if values[0] < best else state.stale + 1
+        state.keys = runs.trie.keys()
+        if len(state.history) >= settings.generations:
+            state.reason = "generations"
+        elif settings.patience is not None and state.stale >= settings.patience:
+            state.reason = "patience"
+
+    def _initial(self) -> None:
+        """Make the initial pool, which may take an error table."""
+        request = self.task.request
+        meter = MeteredHost(request.sampling.host)
+        metered = replace(request, sampling=replace(request.sampling, host=meter.host))
+        nursery = Nursery(metered, self.space, self.task.settings, self.state.random)
+        pool = initial_pool(self.task.init, nursery)
+        self._add(start=meter.steps)
+        self.state.pool, self.state.starts = self.processes.agree((pool.genomes, pool.starts))
+
+    def _offspring(self) -> list[Genome]:
+        """Mutants of random survivors; fewer if new ones are hard to find."""
+        state, settings = self.state, self.task.settings
+        made: list[Genome] = []
+        for _ in range(TRIES * settings.offspring):
+            if len(made) == settings.offspring:
+                break
+            parent = state.random.choice(state.survivors)
+            child = mutate(parent, self.space, settings.moves, settings.max_levels, state.random)
+            if not settings.unique or not (child in self.ledger or child in made):
+                made.append(child)
+        return made
+
+    def _finals(self) -> None:
+        """The best on held-out probes. What a warm start began with is among them, and nothing that is worse than it on
+        the search probes: the winner is no worse than it on either.
+        """
+        state, task = self.state, self.task
+        chosen = state.survivors[: task.settings.finalists]
+        if not math.isfinite(self._value(chosen[0])):
+            raise SearchError(
+                f"no candidate has a fitness {task.fitness.name!r} that is a finite number: the levels of this bank "
+                "break the model, or the fitness does not fit it."
+            )
+        if state.starts and task.settings.finalists > 1:
+            chosen = list(dict.fromkeys([*chosen, state.starts[0]]))
+            chosen = [genome for genome in chosen if self._value(genome) <= self._value(state.starts[0])]
+        held = replace(task.request, sampling=task.held_out)
+        runs = Trajectories(held, blocks_of(task.held_out), int(task.settings.memory * _GIB))
+        ledger, count = Ledger(task.fitness), len(task.held_out.prompts)
+        whole = replace(task.settings, stop_early=False)
+        ranked = Selection(runs, ledger, whole, [count], self.processes).judge(chosen, (), len(chosen), count)
+        state.finalists = [
+            Finalist(self.space.levels(genome), self._value(genome), ledger.value(genome, count)) for genome in ranked
+        ]
+        self._add(held_out=runs.steps, repeated=runs.repeated)
+        self.save()
+
+    def _add(self, **steps: int) -> None:
+        seconds = self._before.seconds + time.perf_counter() - self._since
+        self.state.cost = replace(self.state.cost.plus(**steps), seconds=seconds)
