@@ -268,5 +268,5 @@ def test_kinds_are_those_that_were_calibrated(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert code == 0, err
     assert {group.kind for group in Bundle.load(tmp_path / "bank").bank.groups} == {"channel", "head"}
-    code, _, err = run(monkeypatch, capsys, "calibrate", pipe, "-o", tmp_path / "x", "--kinds", "block", *common)
-    assert code == 2 and "`kinds` must be some of ['channel', 'head', 'neuron']" in err
+    code, _, err = run(monkeypatch, capsys, "calibrate", pipe, "-o", tmp_path / "x", "--kinds", "wall", *common)
+    assert code == 2 and "`kinds` must be some of ['block', 'channel', 'head', 'neuron']" in err
