@@ -187,7 +187,9 @@ def test_calibration_without_channels():
     assert {group.kind for group in prune(host, plain, levels=[0.5]).groups} == {"head", "neuron"}
     with pytest.raises(CalibrationError, match=r"no Hessian for `down_blocks.0.resnets.0.conv2`.*with the `kinds`"):
         prune(host, plain, levels=[0.5], kinds=KINDS)
-    with pytest.raises(CalibrationError, match=r"`kinds` must be some of \['channel', 'head', 'neuron'\], got \['x'\]"):
+    with pytest.raises(
+        CalibrationError, match=r"`kinds` must be some of \['block', 'channel', 'head', 'neuron'\], got \['x'\]"
+    ):
         calibrate(host, [0], kinds=["x"])
     with pytest.raises(CalibrationError, match=r"conv2` has 289 columns but saw only 64 inputs"):
         calibrate(host, [0], steps=1, kinds=["channel"])

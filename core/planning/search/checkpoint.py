@@ -63,6 +63,8 @@ class Checkpoint:
         Raises:
             SearchError: it is damaged, or belongs to another search; the message says what differs.
         """
+        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a session that was killed as it wrote
+            left.unlink(missing_ok=True)
         if not self.path.exists():
             return None
         meta, tensors = self._read()

@@ -24,7 +24,7 @@ from .initial import Init, Nursery, given_genome, initial_pool
 from .ledger import Ledger
 from .metered import MeteredHost
 from .mutation import TRIES, mutate
-from .probes import blocks_of
+from .probes import Block, blocks_of
 from .processes import Processes
 from .result import Finalist, Generation, SearchResult
 from .selection import Selection, probe_counts
@@ -85,6 +85,7 @@ class Evolution:
         if isinstance(task.init, StageSchedule):
             given_genome(task.init, task.request, self.space)  # says what is wrong with it before anything is run
         self._since, self._before = time.perf_counter(), state.cost
+        self._may_share: bool | None = None
 
     def run(self) -> SearchResult:
         """From where it is to the end."""
@@ -133,18 +134,10 @@ class Evolution:
     def _trajectories(self, counts: list[int]) -> Trajectories:
         """Dense references, and the states that an interrupted search had, as far as they are here again."""
         state, task = self.state, self.task
-        sampling, blocks = task.request.sampling, blocks_of(task.request.sampling, counts)
-        memory, holds, checked = int(task.settings.memory * _GIB), True, 0
-        if memory:
-            holds, checked = self.processes.agree(copies_hold(sampling, blocks[0]))
-        if not holds:
-            logger.warning(
-                "this sampler does not give the same result twice from one state, so that candidates share none and "
-                "an interrupted search will not end as it would have."
-            )
-        runs = Trajectories(task.request, blocks, memory, share=holds)
-        again, dense = bool(state.cost.references), runs.steps + checked
-        self._add(**{"repeated" if again else "references": dense})
+        blocks = blocks_of(task.request.sampling, counts)
+        again = bool(state.cost.references)
+        runs = Trajectories(task.request, blocks, self._memory(blocks[0]))
+        self._add(**{"repeated" if again else "references": runs.steps})
         runs.steps = runs.shared = 0
         if again:
             runs.trie.reset(state.keys)
@@ -155,6 +148,20 @@ class Evolution:
             state.dense = trial.value((), task.probes)
             state.keys = runs.trie.keys()
         return runs
+
+    def _memory(self, block: Block) -> int:
+        """Bytes of states to keep: none where the sampler does not give the same result twice from one state."""
+        memory = int(self.task.settings.memory * _GIB)
+        if memory and self._may_share is None:
+            again = bool(self.state.cost.references)
+            self._may_share, steps = self.processes.agree(copies_hold(self.task.request.sampling, block))
+            self._add(**{"repeated" if again else "references": steps})
+            if not self._may_share:
+                logger.warning(
+                    "this sampler does not give the same result twice from one state, so that candidates share none "
+                    "and an interrupted search will not end as it would have."
+                )
+        return memory if self._may_share else 0
 
     def _generation(self, selection: Selection) -> None:
         state, settings, runs = self.state, self.task.settings, selection.trajectories
@@ -224,7 +231,8 @@ class Evolution:
             chosen = list(dict.fromkeys([*chosen, state.starts[0]]))
             chosen = [genome for genome in chosen if self._value(genome) <= self._value(state.starts[0])]
         held = replace(task.request, sampling=task.held_out)
-        runs = Trajectories(held, blocks_of(task.held_out), int(task.settings.memory * _GIB))
+        blocks = blocks_of(task.held_out)
+        runs = Trajectories(held, blocks, self._memory(blocks[0]))
         ledger, count = Ledger(task.fitness), len(task.held_out.prompts)
         whole = replace(task.settings, stop_early=False)
         ranked = Selection(runs, ledger, whole, [count], self.processes).judge(chosen, (), len(chosen), count)

@@ -43,16 +43,15 @@ class Trajectories:
     Args:
         request: pipeline, bank and stages, and a pruner with every level resident.
         blocks: the probes.
-        memory: bytes of states to keep.
-        share: whether states may be shared at all.
+        memory: bytes of states to keep; 0 shares none.
     """
 
-    def __init__(self, request: Request, blocks: Sequence[Block], memory: int, share: bool = True) -> None:
+    def __init__(self, request: Request, blocks: Sequence[Block], memory: int) -> None:
         self.request, self.blocks = request, blocks
         self.segments = segments_of(request)
         self.steps = self.shared = self.repeated = 0
         self._sizes: list[list[int]] = [[] for _ in blocks]
-        self.trie = StateTrie(memory if share else 0, self._size)
+        self.trie = StateTrie(memory, self._size)
         self.dense = [self.run(index, (0,) * len(request.stages.stages)) for index in range(len(blocks))]
 
     def run(self, index: int, genome: Genome) -> Outcome:
