@@ -17,7 +17,7 @@ from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
-from stageprune.core.pruning.prune import _nested_columns
+from stageprune.core.pruning.prune import nested_columns
 from support import LEVELS, hessian_of, least_squares, make_pipe, relative
 
 DAMPING = 0.01
@@ -167,7 +167,7 @@ def test_groups_that_share_a_consumer(seed, sizes, gap, data):
         group.name: (group.size, *sorted((data.draw(st.integers(1, group.size)) for _ in range(2)), reverse=True))
         for group, _ in entries
     }
-    columns, places = _nested_columns(entries, units, counts, width)
+    columns, places = nested_columns(entries, units, counts, width)
     assert sorted(columns.tolist()) == list(range(width))
     weight = torch.randn(4, width + 1, generator=generator, dtype=torch.float64)
     hessian = damp(hessian_of(random_rows(seed, 3 * width, width, "full")), DAMPING)

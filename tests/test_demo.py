@@ -47,7 +47,8 @@ def test_the_main_job_leaves_a_report_and_a_bundle(name, monkeypatch, tmp_path):
     assert rows["dense"]["accuracy"] >= fidelity(name) - 0.35  # ten images
     assert rows["magnitude"]["latent_mse"] > rows["uniform"]["latent_mse"] > 0
     bundle = Bundle.load(tmp_path / "out" / "bundle")
-    assert bundle.schedule is not None and len(bundle.schedule.stages) == 5
+    assert bundle.schedule is not None
+    assert 4 <= len(bundle.schedule.stages) <= 5  # with so few steps none may fall into a stage, which is then merged
     assert not list((tmp_path / "out").glob("*.part"))
     assert "enable_stage_pruning" in said[-1]
 
