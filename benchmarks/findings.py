@@ -17,16 +17,18 @@ Diffusion XL UNet (heads, neurons and ResNet channels pruned) and a FLUX MMDiT. 
 at the same steps. They are small models: the defaults follow from them, the numbers are theirs alone."""
 
 
-def page(quality: Results, sharing: Results) -> str:
+def page(quality: Results, sharing: Results, layers: Results) -> str:
     """The whole page."""
-    return "\n".join([HEAD, compensation(quality), stages(quality), orders(sharing), steps(quality)]) + "\n"
+    parts = [compensation(quality), divisions(layers), stages(quality), orders(sharing), steps(quality)]
+    return "\n".join([HEAD, *parts]) + "\n"
 
 
 def compensation(quality: Results) -> str:
     """The same level for every group, kept by OBS with compensation or by magnitude without."""
     lines = [
         "\n## 1. Compensation\n",
-        "One level everywhere, 20 steps: Optimal Brain Surgeon with compensation beside magnitude without.\n",
+        "One level everywhere, 20 steps: Optimal Brain Surgeon with compensation and measured layers beside magnitude "
+        "without either.\n",
         "| demo | MACs | error, OBS | magnitude | ratio | accuracy, dense | OBS | magnitude | Frechet, OBS "
         "| magnitude |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -46,10 +48,32 @@ def compensation(quality: Results) -> str:
     return "\n".join([*lines, f"\nMagnitude has {min(ratios):.1f} to {max(ratios):.1f} times the error."])
 
 
+def divisions(layers: Results) -> str:
+    """One share for all layers, or by what each is worth."""
+    lines = [
+        "\n## 2. One share for all layers, or what each can spare\n",
+        "`python benchmarks/layers.py`: the same MACs, one level everywhere, 20 steps; the share of units that goes is "
+        "the same in every layer, or follows what the denoiser's output loses when that layer alone is pruned.\n",
+        "| demo | MACs | error, one share | measured | ratio | accuracy, one share | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for name, data in layers.items():
+        found = {(row["allocation"], row["target"]): row for row in data["rows"]}
+        for target in TARGETS:
+            same, ours = found["uniform", target], found["measured", target]
+            ratios.append(same["latent_mse"]["mean"] / ours["latent_mse"]["mean"])
+            lines.append(
+                f"| {name} | {ours['macs']:.2f} | {mean(same, 'latent_mse')} | {mean(ours, 'latent_mse')} | "
+                f"{ratios[-1]:.1f} | {mean(same, 'accuracy', 3)} | {mean(ours, 'accuracy', 3)} |"
+            )
+    return "\n".join([*lines, f"\nOne share for all has {min(ratios):.1f} to {max(ratios):.1f} times the error."])
+
+
 def stages(quality: Results) -> str:
     """What a stage costs when it alone is pruned, and what the allocation made of it."""
     lines = [
-        "\n## 2. What a stage is worth\n",
+        "\n## 3. What a stage is worth\n",
         "Error when one of five equal stages (four at 4 steps) alone runs at the level nearest half, stage 0 the "
         "noisiest; then the schedule chosen for 0.67 of the MACs, and its error beside one level everywhere.\n",
         "| demo | steps | 0 | 1 | 2 | 3 | 4 | dearest / cheapest | measured schedule | error | uniform |",
@@ -75,7 +99,7 @@ def stages(quality: Results) -> str:
 def orders(sharing: Results) -> str:
     """Error of the other sharings over that of shared orders and consumers."""
     lines = [
-        "\n## 3. One order for all stages, or one a stage\n",
+        "\n## 4. One order for all stages, or one a stage\n",
         "Error over that with shared orders and shared consumers; five stages, 20 steps. Fewer calibration prompts "
         "leave less data a stage.\n",
         "| demo | prompts | order | consumers | " + " | ".join(f"{target} of the MACs" for target in TARGETS) + " |",
@@ -98,7 +122,7 @@ def orders(sharing: Results) -> str:
 def steps(quality: Results) -> str:
     """In how many cells the measured schedule beats dense with fewer steps, metric by metric."""
     lines = [
-        "\n## 4. Pruning or fewer steps\n",
+        "\n## 5. Pruning or fewer steps\n",
         "Of the nine cells (20, 8 and 4 steps at 0.8, 0.67 and 0.5 of the MACs): where the measured schedule beats "
         "dense with fewer steps at about equal cost.\n",
         "| demo | paired error | accuracy better | accuracy equal | Frechet |",

@@ -87,7 +87,8 @@ class Runner:
                 spent = self.data["allocations"][key]["macs_share"]
                 self.cell(steps, target, "measured", spent, steps, self.obs, schedule)
                 self.cell(steps, target, "uniform", share, steps, self.obs, uniform.schedule)
-                self.cell(steps, target, "magnitude", share, steps, self.magnitude, uniform.schedule)
+                rival = self.demo.allocate(self.magnitude, target, strategy="uniform", steps=steps)
+                self.cell(steps, target, "magnitude", rival.executed.share, steps, self.magnitude, rival.schedule)
                 self.cell(steps, target, "fewer steps", fewer / steps, fewer, None, None)
 
     def cell(

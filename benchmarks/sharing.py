@@ -8,19 +8,21 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from common import DEMOS, TARGETS, Subject, mean_and_spread, write_results
 from stageprune.core.calibration import Calibration
-from stageprune.core.pruning import Bank
+from stageprune.core.pruning import Bank, prune
 from stageprune.core.runtime import StagePruner, applied, resident_bytes
 from stageprune.core.schedule import StageSchedule
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
 STEPS, COUNT, SETS = 20, 20, 3
+PROMPTS = (100, 5)
+"""To calibrate on: many and few."""
 
 
 def main() -> None:
@@ -34,13 +36,14 @@ def main() -> None:
 
 
 def compare(demo: Subject) -> Iterator[dict[str, Any]]:
-    """The three with many, some and few calibration prompts."""
+    """The three with many and few calibration prompts."""
     seeds = [list(range(200_000 + i * COUNT, 200_000 + (i + 1) * COUNT)) for i in range(SETS)]
     dense = [demo.sample(part, STEPS) for part in seeds]
-    for prompts in (100, 20, 5):
+    for prompts in PROMPTS:
         calibration = demo.calibrate(prompts, STEPS, stages=5)
+        kept = demo.prune(calibration).kept  # what each layer gives up does not depend on the sharing
         for order, consumers in SHARINGS:
-            row = measure(demo, calibration, order, consumers, seeds, dense, schedule=prompts == 100)
+            row = measure(demo, calibration, kept, order, consumers, seeds, dense, schedule=prompts == PROMPTS[0])
             print(demo.name, describe({"prompts": prompts, **row}), flush=True)
             yield {"prompts": prompts, **row}
 
@@ -48,6 +51,7 @@ def compare(demo: Subject) -> Iterator[dict[str, Any]]:
 def measure(
     demo: Subject,
     calibration: Calibration,
+    kept: Mapping[str, tuple[int, ...]],
     order: Any,
     consumers: Any,
     seeds: list[list[int]],
@@ -56,7 +60,10 @@ def measure(
 ) -> dict[str, Any]:
     """One sharing: errors at uniform levels, its measured schedule, memory and switch time of that schedule."""
     started = time.perf_counter()
-    bank = demo.prune(calibration, order=order, consumers=consumers)
+    recipe = demo.recipe
+    bank = prune(
+        demo.host, calibration, levels=recipe.levels, kinds=recipe.kinds, order=order, consumers=consumers, kept=kept
+    )
     row: dict[str, Any] = {"order": order, "consumers": consumers, "prune_seconds": time.perf_counter() - started}
     schedules = {}
     for target in TARGETS:

@@ -24,9 +24,9 @@ def main() -> None:
     sections += [sharing(of_demos(found, "sharing")), solver(found["solver"])]
     sections += [speed(found["dit-xl-cpu"], found["dit-digits-cpu"]), families(found["families"])]
     (ROOT / "docs" / "results.md").write_text("\n".join(sections) + "\n", "utf-8")
-    measured, shared = of_demos(found, "quality"), of_demos(found, "sharing")
-    if len(measured) == len(shared) == len(DEMOS):  # what holds for every model cannot be said of some
-        (ROOT / "docs" / "findings.md").write_text(findings.page(measured, shared), "utf-8")
+    parts = [of_demos(found, kind) for kind in ("quality", "sharing", "layers")]
+    if all(len(part) == len(DEMOS) for part in parts):  # what holds for every model cannot be said of some
+        (ROOT / "docs" / "findings.md").write_text(findings.page(*parts), "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     block = f"{BEGIN}\n{short_table(found['quality-dit-digits'])}\n{END}"
@@ -68,12 +68,12 @@ QUALITY = """
 ## Quality at equal cost
 
 Same prompts, seeds, guidance and sampler for all rows of a demo. *measured*: error table, exact dynamic programming,
-check on held-out seeds, allocated anew for each number of steps, under the MACs that *uniform* executes. *magnitude*:
-the level of *uniform*, kept by magnitude, not compensated. *fewer steps* (n): dense with n steps. MSE is of the
-latents. Accuracy is the share of images that the demo's judge finds to be what was asked for: the class of a digit; or
-for the shapes every object with its shape, colour and size, and their relation, of captions that training never saw.
-Frechet distance is in the judge's 32 features to real images, a seed set at a time and pooled (few samples overstate
-it; compare within a column)."""
+check on held-out seeds, allocated anew for each number of steps, under the MACs that *uniform* executes. *uniform*: the
+same bank at one level. *magnitude*: one level and one share for all layers, kept by magnitude, not compensated. *fewer
+steps* (n): dense with n steps. MSE is of the latents. Accuracy is the share of images that the demo's judge finds to be
+what was asked for: the class of a digit; or for the shapes every object with its shape, colour and size, and their
+relation, of captions that training never saw. Frechet distance is in the judge's 32 features to real images, a seed set
+at a time and pooled (few samples overstate it; compare within a column)."""
 
 
 def winners(data: dict[str, Any]) -> list[str]:

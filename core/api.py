@@ -17,7 +17,7 @@ from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost, Size
 from .planning import ErrorTable, MosaicSettings, Stages
-from .pruning import DEFAULT_LEVELS, Bank
+from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
 
@@ -123,6 +123,8 @@ def prune(
     kinds: Sequence[str] | None = None,
     order: Sharing = "shared",
     consumers: Sharing = "shared",
+    layer_allocation: LayerAllocation | None = None,
+    layer_prompts: int = 4,
     multiple: int = 64,
     damping: float = 0.01,
     seed: int = 0,
@@ -141,6 +143,10 @@ def prune(
             `["block"]` skips whole blocks (`depth`, `depth-output`, `random`).
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
+        layer_allocation: how a level is divided among the groups: `measured`, by what the denoiser's output loses when
+            one group alone is pruned (the default of `obs`; a few hundred calls of the denoiser), or `uniform`, the
+            same share in every group (the default of the other methods).
+        layer_prompts: prompts to measure that with, the calibration's first ones.
         multiple: neurons are kept in multiples of this.
         damping: added to each Hessian's diagonal, relative to its mean.
         seed: for methods that draw.
@@ -162,6 +168,8 @@ def prune(
         kinds=kinds,
         order=order,
         consumers=consumers,
+        layer_allocation=layer_allocation,
+        layer_prompts=layer_prompts,
         multiple=multiple,
         damping=damping,
         seed=seed,

@@ -134,6 +134,14 @@ def prune(
     kinds: Kinds = None,
     order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
     consumers: Consumers = "shared",
+    layer_allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How a level is divided among layers: measured (by what the output loses when one alone is pruned; "
+            "default of obs) or uniform (the same share in each; default of the others)."
+        ),
+    ] = None,
+    layer_prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure layers with.")] = 4,
     multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
     damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,
     size: Size = None,
@@ -154,6 +162,8 @@ def prune(
         kinds=words(kinds) if kinds else None,
         order=order,  # type: ignore[arg-type]  # checked by prune
         consumers=consumers,  # type: ignore[arg-type]
+        layer_allocation=layer_allocation,  # type: ignore[arg-type]
+        layer_prompts=layer_prompts,
         multiple=multiple,
         damping=damping,
         size=pixels(size),

@@ -56,7 +56,7 @@ class DemoRecipe:
 RECIPES = {
     "dit-digits": DemoRecipe(levels=DIT_LEVELS, labels=tuple(range(10))),
     "sdxl-shapes": DemoRecipe(
-        levels=(0.0, 0.11, 0.23, 0.3, 0.385, 0.48, 0.58, 0.7),
+        levels=(0.0, 0.11, 0.235, 0.3, 0.387, 0.48, 0.585, 0.7),
         kinds=("head", "neuron", "channel"),
         guidance=4.0,
         probes=24,

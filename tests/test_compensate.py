@@ -17,7 +17,7 @@ from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
-from stageprune.core.pruning.prune import nested_columns
+from stageprune.core.pruning.solver import nested_columns
 from support import LEVELS, hessian_of, least_squares, make_pipe, relative
 
 DAMPING = 0.01

@@ -1,6 +1,7 @@
 """Orders, levels and compensated consumers: from a calibration to a bank."""
 
 from .bank import Bank, Consumer, ConsumerKey, fingerprint_of
+from .layer_allocation import LayerAllocation
 from .levels import DEFAULT_LEVELS, realised_sparsity
 from .methods import methods, register_method
 from .prune import prune
@@ -12,6 +13,7 @@ __all__ = [
     "Bank",
     "Consumer",
     "ConsumerKey",
+    "LayerAllocation",
     "Pattern",
     "Share",
     "fingerprint_of",

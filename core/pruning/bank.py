@@ -196,10 +196,22 @@ class Bank:
             f"Bank of {self.denoiser} ({self.component}): method {self.method}, groups: {groups}",
             f"  orders {self.order_sharing}, consumers {self.consumer_sharing}, stage edges {list(self.edges)}",
         ]
+        errors = self.provenance.get("layer_errors")
+        if errors:
+            lines.append(f"  layers: {self.provenance['layer_allocation']}; relative squared error of the output")
+            lines += [f"    {name}: {', '.join(f'{error:.2g}' for error in each)}" for name, each in errors.items()]
         for level, sparsity in enumerate(self.sparsities):
-            shown = [f"{g.name} {self.kept[g.name][level]}/{g.size}" for g in self.groups[:2]]
-            lines.append(f"  level {level}: sparsity {sparsity:.3f} ({', '.join(shown)}, ...)")
+            shown = [self._shown(kind, level) for kind, count in kinds.items() if count]
+            lines.append(f"  level {level}: sparsity {sparsity:.3f}, keeps {', '.join(shown)}")
         return "\n".join(lines)
+
+    def _shown(self, kind: str, level: int) -> str:
+        """Kept units of a kind: of all, and the least and the most of a group, as shares."""
+        groups = [group for group in self.groups if group.kind == kind]
+        counts = [self.kept[group.name][level] for group in groups]
+        shares = [count / group.size for count, group in zip(counts, groups, strict=True)]
+        spread = f" ({min(shares):.0%} to {max(shares):.0%} a layer)" if min(shares) < max(shares) else ""
+        return f"{sum(counts)}/{sum(group.size for group in groups)} {kind}s{spread}"
 
 
 def fingerprint_of(denoiser: nn.Module, groups: Sequence[Group] | None = None) -> Fingerprint:

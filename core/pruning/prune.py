@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import progress
 from ..calibration import Calibration
 from ..errors import BankError
 from ..groups import Group, consumer_sites, find_groups, measure_cost
-from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
+from ..groups.layer import layer_at
 from ..host import Host
 from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
-from .compensate import compensate, damp, finite, with_bias
+from .layer_allocation import LayerAllocation, allocate_layers, replay_for
 from .levels import DEFAULT_LEVELS, check_sparsities, kept_blocks, kept_counts, select_groups
-from .methods import WIDTH_KINDS, ConsumerProblem, GroupProblem, Method, find_method
-
-logger = logging.getLogger(__name__)
+from .methods import WIDTH_KINDS, Method, find_method
+from .solver import Solver
 
 DEFAULT_KINDS = ("head", "neuron")
 
@@ -37,6 +35,8 @@ def prune(
     kinds: Sequence[str] | None = None,
     order: Sharing = "shared",
     consumers: Sharing = "shared",
+    layer_allocation: LayerAllocation | None = None,
+    layer_prompts: int = 4,
     multiple: int = 64,
     damping: float = 0.01,
     seed: int = 0,
@@ -54,6 +54,10 @@ def prune(
         order: `shared`, one order for all stages (prefix views, free switches), or `stage`, one for each stage of the
             calibration (gathered at a switch).
         consumers: `shared`, one compensated consumer a level, or `stage`, one a level and stage of the calibration.
+        layer_allocation: how a level is divided among the groups. `measured`, the default of methods that compensate:
+            by what the denoiser's output loses when one group alone is pruned, unless one share for all turns out
+            better. `uniform`, the default of the others: one share for all.
+        layer_prompts: prompts to measure that with, the calibration's first ones (or the host's default prompts).
         multiple: neurons are kept in multiples of this.
         damping: added to the diagonal of each Hessian, relative to its mean.
         seed: for methods that draw.
@@ -66,20 +70,28 @@ def prune(
     """
     recipe = _check(host, calibration, method, order, consumers, damping)
     groups = select_groups(find_groups(host.denoiser), _kinds(method, recipe, calibration, kinds))
+    measured = _is_measured(layer_allocation, layer_prompts, recipe, groups, kept)
     sparsities = check_sparsities(levels)
     cost = measure_cost(host.denoiser, size=host.input_size)
-    counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
     started = time.perf_counter()
-    solver = _Solver(host.denoiser, groups, recipe, calibration, damping, seed)
+    solver = Solver(host.denoiser, groups, recipe, calibration, damping, seed)
     orders: dict[str, Tensor] = {}
     for group in progress.track(groups, "ordering units"):
         parts = [solver.order(group, stage) for stage in solver.order_stages(order)]
         orders[group.name] = torch.stack(parts) if order == "stage" else parts[0]
+    counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
+    for group in groups:
         if group.kind == "block" and kept is None:  # what blocks cost differs, so their order comes first
             counts[group.name] = kept_blocks(orders[group.name], cost, sparsities)
+    layers: dict[str, Any] = {"layer_allocation": "uniform" if kept is None else "given"}
     solved: dict[ConsumerKey, Consumer] = {}
+    if measured and len(sparsities) > 1:
+        pooled = orders if order == "shared" else {group.name: solver.order(group, None) for group in groups}
+        replay = replay_for(host, calibration, layer_prompts)
+        counts, pooled_consumers, layers = allocate_layers(solver, pooled, cost, sparsities, multiple, counts, replay)
+        solved = pooled_consumers if order == consumers == "shared" else {}
     sites = consumer_sites(groups)
-    for path in progress.track(sites, "compensating" if recipe.compensates else "slicing"):
+    for path in progress.track(sites if not solved else (), "compensating" if recipe.compensates else "slicing"):
         for stage in solver.consumer_stages(order, consumers):
             units = {
                 g.name: (orders[g.name][stage or 0] if order == "stage" else orders[g.name]) for g, _ in sites[path]
@@ -107,10 +119,30 @@ def prune(
             "damping": damping,
             "multiple": multiple,
             "seed": seed,
+            **layers,
             "seconds": round(time.perf_counter() - started, 2),
             "calibration": dict(calibration.provenance) if calibration is not None and recipe.needs_data else None,
         },
     )
+
+
+def _is_measured(
+    allocation: LayerAllocation | None,
+    prompts: int,
+    recipe: Method,
+    groups: Sequence[Group],
+    kept: Mapping[str, tuple[int, ...]] | None,
+) -> bool:
+    """Whether layers are to be measured. BankError if they cannot be, or the arguments are out of range."""
+    if allocation not in (None, "measured", "uniform"):
+        raise BankError(f"`layer_allocation` must be 'measured' or 'uniform', got {allocation!r}.")
+    if prompts < 1:
+        raise BankError(f"`layer_prompts` must be at least 1, got {prompts}.")
+    blocks = any(group.kind == "block" for group in groups)
+    if allocation == "measured" and (blocks or kept is not None):
+        what = "whole blocks are one group" if blocks else "`kept` says what each group keeps"
+        raise BankError(f"`layer_allocation` 'measured' divides a level among groups, but {what}: leave it out.")
+    return not blocks and kept is None and (allocation == "measured" or (allocation is None and recipe.compensates))
 
 
 def calibrated_kinds(calibration: Calibration | None) -> Sequence[str]:
@@ -156,101 +188,3 @@ def _check(
         calibration.check_rank(per_stage=True)
     calibration.check_rank(per_stage=False)
     return recipe
-
-
-@dataclass
-class _Solver:
-    """Holds what ordering and compensating share: weights, Hessians (damped when asked for) and the method."""
-
-    denoiser: nn.Module
-    groups: Sequence[Group]
-    method: Method
-    calibration: Calibration | None
-    damping: float
-    seed: int
-
-    def order_stages(self, order: Sharing) -> list[int | None]:
-        """Stages to order for; None is all stages pooled."""
-        return [None] if order == "shared" or self.calibration is None else list(range(self.calibration.stages))
-
-    def consumer_stages(self, order: Sharing, consumers: Sharing) -> list[int | None]:
-        """Stages to compensate for. An order per stage has consumers per stage, since their columns differ."""
-        return self.order_stages("stage" if "stage" in (order, consumers) else "shared")
-
-    def hessian(self, path: str, stage: int | None) -> Tensor | None:
-        """Hessian in float64 where the layer is, damped if it is to be inverted; None for data-free methods."""
-        if self.calibration is None or not self.method.needs_data:
-            return None
-        hessian = self.calibration.hessian(path, stage).to(layer_at(self.denoiser, path).weight.device)
-        return damp(hessian, self.damping) if self.method.compensates else finite(hessian)
-
-    def order(self, group: Group, stage: int | None) -> Tensor:
-        """Units of `group`, most important first."""
-        every = torch.arange(group.size)
-        problems = []
-        for consumer in group.consumers:
-            layer = layer_at(self.denoiser, consumer.path)
-            columns = matrix_columns(group.columns(every, consumer.offset), taps_of(layer)).reshape(group.size, -1)
-            hessian = self.hessian(consumer.path, stage)
-            problems.append(ConsumerProblem(matrix_of(layer), layer.bias, hessian, columns))
-        matrices = [(matrix_of(layer_at(self.denoiser, p.path)), p.blocks) for p in group.producers]
-        producers = [
-            matrix[group.rows(every, blocks)].view(blocks, group.size, -1, matrix.shape[1])
-            for matrix, blocks in matrices
-        ]
-        rows = [part.movedim(0, 1).flatten(1, 2) for part in producers]
-        seed = self.seed + zlib.crc32(group.name.encode())
-        scores = self.calibration.scores_of(group.name, stage) if self.calibration and self.method.needs_data else {}
-        return self.method.order(GroupProblem(group, problems, rows, seed, scores)).units
-
-    def consumers(
-        self, path: str, stage: int | None, units: Mapping[str, Tensor], counts: Mapping[str, tuple[int, ...]]
-    ) -> Iterator[tuple[ConsumerKey, Consumer]]:
-        """The consumer at `path` for every level above 0."""
-        layer = layer_at(self.denoiser, path)
-        entries = consumer_sites(self.groups)[path]
-        levels = len(counts[entries[0][0].name])
-        hessian = self.hessian(path, stage) if self.method.compensates else None
-        dense = matrix_of(layer).detach()
-        channels, kept_places = nested_columns(entries, units, counts, inputs_of(layer))
-        columns = matrix_columns(channels, taps_of(layer)).to(dense.device)
-        places = [matrix_columns(place, taps_of(layer)) for place in kept_places]
-        kept = [len(place) for place in places]
-        if hessian is not None:
-            solutions = compensate(with_bias(dense, layer.bias), hessian, columns, kept)
-        else:
-            shift = dense.new_zeros(len(dense)) if layer.bias is None else layer.bias.detach()
-            solutions = [(dense[:, columns[:count]], shift) for count in kept]
-        for level in range(1, levels):
-            weight, bias = solutions[level]
-            ordered = weight[:, places[level].to(weight.device)].to(dense.dtype).contiguous()
-            shaped = ordered.view(len(dense), -1, *layer.weight.shape[2:])
-            yield ConsumerKey(path, level, stage or 0), Consumer(shaped, bias.to(dense.dtype).clone())
-
-
-def nested_columns(
-    entries: Sequence[tuple[Group, int]],
-    units: Mapping[str, Tensor],
-    counts: Mapping[str, tuple[int, ...]],
-    columns: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """A consumer's input channels so ordered that every level is a prefix, even where several groups share it.
-
-    Returns:
-        The permutation, shape (columns,); and per level the places in it of the kept ones, in the order in which the
-        sliced producers deliver them (segment after segment).
-    """
-    levels = len(counts[entries[0][0].name])
-    delivered, survives, end = [], [], 0
-    for group, offset in entries:
-        delivered += [torch.arange(end, offset), group.columns(units[group.name], offset)]
-        kept = torch.tensor(counts[group.name]) * group.width
-        survives += [torch.full((offset - end,), levels), (torch.arange(group.channels)[:, None] < kept).sum(1)]
-        end = offset + group.channels
-    delivered.append(torch.arange(end, columns))  # columns of no pruned group stay at every level
-    survives.append(torch.full((columns - end,), levels))
-    lasts, order = torch.cat(survives).sort(descending=True, stable=True)
-    place = order.argsort()
-    return torch.cat(delivered)[order], [
-        place[(lasts.new_tensor(level) < torch.cat(survives))] for level in range(levels)
-    ]

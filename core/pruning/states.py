@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..groups import consumer_sites, find_groups, width_groups
 from ..groups.check import sliced
-from ..groups.layer import inputs_of, layer_at, outputs_of
+from ..groups.layer import layer_at, outputs_of
 from .bank import Bank, Consumer
-from .prune import nested_columns
+from .solver import widened
 
 
 @torch.no_grad()
@@ -47,12 +47,9 @@ def zero_filled_state(denoiser: nn.Module, bank: Bank, level: int) -> dict[str, 
         for producer in group.producers:
             _zero(state, producer.path, group.rows(gone, producer.blocks))
     for path, entries in consumer_sites(bank.groups).items() if level else ():
-        layer, sparse = layer_at(denoiser, path), bank.consumer(path, level, 0)
         units = {group.name: bank.order(group.name, 0) for group, _ in entries}
-        order, places = nested_columns(entries, units, bank.kept, inputs_of(layer))
-        weight = torch.zeros_like(layer.weight)
-        weight[:, order[places[level]].to(weight.device)] = sparse.weight.to(weight)
-        _put(state, path, Consumer(weight, sparse.bias))
+        layer = layer_at(denoiser, path)
+        _put(state, path, widened(bank.consumer(path, level, 0), layer, entries, units, bank.kept, level))
     for block in removed_blocks(bank, level):
         for path in consumer_sites(width_groups(find_groups(denoiser))):
             if path.startswith(f"{block}."):

@@ -1,0 +1,195 @@
+"""Per-layer allocation: the removals it chooses, what it measures, and that the denoiser is left alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import zoo
+from stageprune.core.api import host_for
+from stageprune.core.calibration import calibrate
+from stageprune.core.errors import BankError
+from stageprune.core.groups import find_groups, measure_cost, width_groups
+from stageprune.core.pruning import prune
+from stageprune.core.pruning.bank import Consumer
+from stageprune.core.pruning.layer_allocation import replay_for
+from stageprune.core.pruning.layerwise import Sensitivity, choose, grid_counts, spread
+from stageprune.core.pruning.levels import kept_counts
+from stageprune.core.pruning.replay import replaced
+from stageprune.core.pruning.states import zero_filled_state
+from stageprune.core.runtime import applied
+from stageprune.core.schedule import StageSchedule
+from support import make_denoiser, same_state, state_of
+
+LEVELS = (0.0, 0.2, 0.4, 0.6)
+NAMES = ("dit", "sd15", "sd3", "flux")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return [group for group in width_groups(find_groups(make_denoiser())) if group.kind in ("head", "neuron")]
+
+
+@pytest.fixture(scope="module")
+def cost(groups):
+    return measure_cost(make_denoiser(), groups)
+
+
+def convex(group, factor, multiple):
+    """Errors that rise ever faster with what is removed."""
+    counts = grid_counts(group, multiple)
+    return counts, tuple(factor * (1 - count / group.size) ** 2 for count in counts)
+
+
+def sensitivity_of(groups, factors, multiple=16):
+    found = {group.name: convex(group, factor, multiple) for group, factor in zip(groups, factors, strict=True)}
+    return Sensitivity({name: c for name, (c, _) in found.items()}, {name: e for name, (_, e) in found.items()})
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_levels_are_nested_and_remove_what_was_asked(groups, cost, data):
+    multiple = data.draw(st.sampled_from([8, 16, 24]))
+    factors = data.draw(st.lists(st.floats(1e-6, 10), min_size=len(groups), max_size=len(groups)))
+    levels = [0.0, *sorted(data.draw(st.sets(st.sampled_from([0.05 * i for i in range(1, 15)]), min_size=1)))]
+    power = data.draw(st.sampled_from([1.0, 0.5]))
+    kept = spread(groups, cost, levels, sensitivity_of(groups, factors, multiple), power, multiple)
+    total = sum(cost.units[group.name] * group.size for group in groups)
+    largest = max(cost.units[group.name] * (multiple if group.kind == "neuron" else 1) for group in groups)
+    for group in groups:
+        counts = kept[group.name]
+        assert counts[0] == group.size and list(counts) == sorted(counts, reverse=True) and counts[-1] >= 1
+        if group.kind == "neuron":
+            assert all(count % multiple == 0 or count == group.size for count in counts)
+    for index, level in enumerate(levels):
+        gone = sum(cost.units[g.name] * (g.size - kept[g.name][index]) for g in groups)
+        assert level * total <= gone + 1e-6 and gone < level * total + largest
+
+
+@settings(max_examples=30, deadline=None)
+@given(factors=st.lists(st.floats(1e-3, 10), min_size=3, max_size=3), share=st.floats(0.1, 0.8))
+def test_no_other_division_of_units_at_one_price_errs_less(groups, cost, factors, share):
+    """Brute force over heads of three attentions, whose errors are convex and whose heads cost the same."""
+    heads = [group for group in groups if group.kind == "head"]
+    heads = [replace(heads[0], name=f"{index}") for index in range(3)]
+    same = replace(cost, units={g.name: 5 for g in heads}, sizes={g.name: g.size for g in heads})
+    size = heads[0].size
+    every = tuple(range(size, 0, -1))
+    errors = {g.name: tuple(f * (1 - c / size) ** 2 for c in every) for g, f in zip(heads, factors, strict=True)}
+    kept = spread(heads, same, [0.0, share], Sensitivity(dict.fromkeys(errors, every), errors))
+    gone = sum(size - kept[g.name][1] for g in heads)
+
+    def error(counts):
+        return sum(errors[g.name][size - count] for g, count in zip(heads, counts, strict=True))
+
+    rivals = [c for c in itertools.product(range(1, size + 1), repeat=3) if sum(c) == 3 * size - gone]
+    assert math.isclose(error([kept[g.name][1] for g in heads]), min(map(error, rivals)), rel_tol=1e-9)
+
+
+def test_what_costs_nothing_goes_first(groups, cost):
+    worthless = groups[1].name
+    factors = [0.0 if group.name == worthless else 1.0 for group in groups]
+    kept = spread(groups, cost, [0.0, 0.05], sensitivity_of(groups, factors), multiple=16)
+    assert kept[worthless][1] < groups[1].size
+    assert all(kept[group.name][1] == group.size for group in groups if group.name != worthless)
+
+
+def test_all_is_removed_that_may_be_and_no_more(groups, cost):
+    kept = spread(groups, cost, [0.0, 0.99], sensitivity_of(groups, [1.0] * len(groups)), multiple=16)
+    assert all(kept[group.name][1] == grid_counts(group, 16)[-1] for group in groups)
+
+
+def test_the_candidate_of_least_geometric_mean_wins():
+    assert choose({"uniform": [0.1, 0.4], "squares": [0.05, 0.6], "lengths": [0.3, 0.3]}) == "squares"
+    assert choose({"uniform": [0.1, 0.4], "squares": [0.2, 0.6]}) == "uniform"
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    """Host, calibration and a measured bank of a family."""
+    pipe = zoo.make_pipeline(request.param)
+    host = host_for(pipe)
+    prompts = zoo.prompts_for(pipe)
+    calibration = calibrate(host, (list(prompts) * 4)[:4], steps=6, guidance=2.0)
+    before = state_of(host.denoiser)
+    bank = prune(host, calibration, levels=LEVELS, multiple=8)
+    assert same_state(before, state_of(host.denoiser))
+    return host, calibration, bank
+
+
+def test_the_error_is_that_of_the_running_level(case):
+    """Consumers with zeros in the dense layers give what the pruned layers give."""
+    host, calibration, bank = case
+    replay = replay_for(host, calibration, 2)
+    for level in (1, 3):
+        state = zero_filled_state(host.denoiser, bank, level)
+        paths = list(bank.consumer_shapes)
+        with torch.no_grad():
+            replayed = replay.error({p: Consumer(state[f"{p}.weight"], state[f"{p}.bias"]) for p in paths})
+        with applied(host, bank) as pruner, torch.no_grad():
+            pruner.schedule = StageSchedule.uniform(bank.sparsities[level])
+            running = replay.error({})
+        assert replayed > 0 and math.isclose(replayed, running, rel_tol=1e-3)
+
+
+def test_the_choice_is_measured_and_recorded(case):
+    host, calibration, bank = case
+    errors = bank.provenance["layer_errors"]
+    assert bank.provenance["layer_allocation"] == choose(errors)
+    assert set(errors) == {"uniform", "squares", "lengths"} and all(len(each) == 3 for each in errors.values())
+    groups = list(bank.groups)
+    uniform = kept_counts(groups, measure_cost(host.denoiser, size=host.input_size), LEVELS, 8)
+    again = prune(host, calibration, levels=LEVELS, multiple=8, layer_allocation="uniform")
+    assert again.kept == uniform and again.provenance["layer_allocation"] == "uniform"
+    same = prune(host, calibration, levels=LEVELS, multiple=8)
+    assert same.kept == bank.kept and same.provenance["layer_errors"] == errors
+
+
+def test_an_order_per_stage_is_divided_by_the_pooled_one():
+    host = host_for(zoo.make_pipeline("dit"))
+    calibration = calibrate(host, [1, 2, 3, 4] * 3, steps=6, guidance=2.0, stages=2)
+    shared = prune(host, calibration, levels=LEVELS, multiple=8)
+    staged = prune(host, calibration, levels=LEVELS, multiple=8, order="stage")
+    assert staged.kept == shared.kept and staged.order_sharing == "stage"
+
+
+def test_methods_that_do_not_compensate_stay_uniform_unless_asked():
+    host = host_for(zoo.make_pipeline("dit"))
+    assert prune(host, method="magnitude").provenance["layer_allocation"] == "uniform"
+    asked = prune(host, method="magnitude", layer_allocation="measured", multiple=8)
+    assert set(asked.provenance["layer_errors"]) == {"uniform", "squares", "lengths"}
+
+
+def test_replaced_gives_the_very_tensors_back():
+    denoiser = make_denoiser()
+    path = "transformer_blocks.0.ff.net.2"
+    layer = denoiser.get_submodule(path)
+    weight, bias = layer.weight.data, layer.bias.data
+    other = Consumer(torch.zeros_like(weight), torch.ones_like(bias))
+    with pytest.raises(KeyboardInterrupt), replaced(denoiser, {path: other}):
+        assert not layer.weight.any() and layer.bias.all()
+        raise KeyboardInterrupt
+    assert layer.weight.data.data_ptr() == weight.data_ptr() and layer.bias.data.data_ptr() == bias.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "random", "layer_allocation": "best"},
+            "`layer_allocation` must be 'measured' or 'uniform', got 'best'",
+        ),
+        ({"method": "random", "layer_prompts": 0}, "`layer_prompts` must be at least 1, got 0"),
+        ({"method": "random", "kinds": ["block"], "layer_allocation": "measured"}, "whole blocks are one group"),
+        ({"method": "random", "kept": {}, "layer_allocation": "measured"}, "`kept` says what each group keeps"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(BankError, match=message):
+        prune(host_for(zoo.make_pipeline("dit")), **options)
