@@ -28,6 +28,7 @@ from stageprune.core.schedule import StageSchedule
 
 STEPS = (20, 8, 4)
 REFERENCE_STEPS = 40
+SETS = {"dit-digits": 5}
 FIRST_SEED = 100_000
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     """Run all cells that are not done yet, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
-    parser.add_argument("--sets", type=int, default=3, help="seed sets")
+    parser.add_argument("--sets", type=int, help="seed sets; by default 3, and 5 of the small dit-digits")
     parser.add_argument("--count", type=int, default=50, help="images a seed set")
     parser.add_argument("--print", action="store_true", help="only print the tables of earlier results")
     options = parser.parse_args()
@@ -45,7 +46,8 @@ def main() -> None:
         if not options.print:
             subject = Subject(name)
             levels = list(subject.recipe.levels)
-            fresh = {"demo": name, "sets": options.sets, "count": options.count, "levels": levels, "cells": {}}
+            sets = options.sets or SETS.get(name, 3)
+            fresh = {"demo": name, "sets": sets, "count": options.count, "levels": levels, "cells": {}}
             same = all(done.get(key) == fresh[key] for key in ("sets", "count", "levels"))
             done = done if same else fresh
             Runner(subject, done).run()

@@ -29,7 +29,7 @@ def main() -> None:
         (ROOT / "docs" / "findings.md").write_text(findings.page(*parts), "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
-    block = f"{BEGIN}\n{short_table(found['quality-dit-digits'])}\n{END}"
+    block = f"{BEGIN}\n{short_table(of_demos(found, 'quality'))}\n{END}"
     readme.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL), "utf-8")
 
 
@@ -194,28 +194,28 @@ def families(data: dict[str, Any]) -> str:
     )
 
 
-def short_table(data: dict[str, Any]) -> str:
-    """The README's table: 20 steps and 4 steps, at 0.67 and 0.5."""
-    cells = data["cells"]
-    total = data["sets"] * data["count"]
+def short_table(demos: dict[str, dict[str, Any]]) -> str:
+    """The README's table: all demos at 0.67 of the MACs, 20 steps and 4 steps."""
+    counts = ", ".join(f"{data['sets']} x {data['count']} ({name})" for name, data in demos.items())
+    cpu = next(iter(demos.values()))["environment"]["cpu"]
     lines = [
-        f"Demo pipeline, {data['environment']['cpu']}, float32, DDIM, guidance 1.5, {total} images a row in "
-        f"{data['sets']} "
-        f"seed sets (`python benchmarks/quality.py dit-digits --sets {data['sets']} --count {data['count']}`):\n",
-        "| steps | budget | variant | MACs run | paired MSE | accuracy | Frechet |",
+        f"At 0.67 of the MACs, on the pipelines in `demo/`; {cpu}, float32; seed sets x images a row: {counts} "
+        "(`python benchmarks/quality.py`):\n",
+        "| pipeline | steps | variant | MACs run | paired MSE | accuracy | Frechet |",
         "|---|---|---|---|---|---|---|",
     ]
-    for steps in (20, 4):
-        for key, cell in cells.items():
-            run, target, name = key.split("/")
-            if int(run) != steps or float(target) not in (1.0, 0.67, 0.5):
-                continue
-            label = f"dense, {cell['steps_run']} steps" if name == "fewer steps" else name
-            bold = "**" if name == "measured" else ""
-            lines.append(
-                f"| {run} | {target} | {bold}{label}{bold} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
-                f"{cell['accuracy']['mean']:.3f} | {cell['frechet_pooled']:.2f} |"
-            )
+    for name, data in demos.items():
+        for steps in (20, 4):
+            for key, cell in data["cells"].items():
+                run, target, variant = key.split("/")
+                if int(run) != steps or float(target) not in (1.0, 0.67):
+                    continue
+                label = f"dense, {cell['steps_run']} steps" if variant == "fewer steps" else variant
+                bold = "**" if variant == "measured" else ""
+                lines.append(
+                    f"| {name} | {run} | {bold}{label}{bold} | {cell['share']:.3f} | {show(cell['latent_mse'])} | "
+                    f"{cell['accuracy']['mean']:.3f} | {cell['frechet_pooled']:.2f} |"
+                )
     return "\n".join(lines)
 
 

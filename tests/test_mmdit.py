@@ -239,6 +239,7 @@ def test_every_level_equals_physical_slicing(denoiser, order, consumers):
         levels=LEVELS,
         order=order,
         consumers=consumers,
+        layer_allocation="uniform",
         multiple=8,
     )
     state, structure = state_of(denoiser), inside(denoiser)
@@ -266,7 +267,9 @@ def test_compensation_beats_magnitude_in_both_streams():
     calibration, dense = calibrated(denoiser, stages=1), forward(denoiser, TAUS[0])
     errors = {}
     for method in ("obs", "magnitude", "random"):
-        bank = prune(DenoiserHost(denoiser), calibration, method=method, levels=LEVELS, multiple=8)
+        bank = prune(
+            DenoiserHost(denoiser), calibration, method=method, levels=LEVELS, layer_allocation="uniform", multiple=8
+        )
         with reference(denoiser, bank, 1, 0):
             errors[method] = relative(forward(denoiser, TAUS[0]), dense)
     assert errors["obs"] < 0.8 * min(errors["magnitude"], errors["random"])

@@ -199,7 +199,9 @@ class Bank:
         errors = self.provenance.get("layer_errors")
         if errors:
             lines.append(f"  layers: {self.provenance['layer_allocation']}; relative squared error of the output")
-            lines += [f"    {name}: {', '.join(f'{error:.2g}' for error in each)}" for name, each in errors.items()]
+            lines += [
+                f"    {name}: {', '.join(f'{error:.2g}' for error in each)}" for name, each in sorted(errors.items())
+            ]
         for level, sparsity in enumerate(self.sparsities):
             shown = [self._shown(kind, level) for kind, count in kinds.items() if count]
             lines.append(f"  level {level}: sparsity {sparsity:.3f}, keeps {', '.join(shown)}")

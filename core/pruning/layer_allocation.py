@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import progress
 from ..calibration import Calibration
+from ..errors import BankError, StagePruneError
 from ..groups import DenoiserCost, Group, consumer_sites
 from ..groups.layer import layer_at
 from ..host import Host
@@ -50,12 +51,18 @@ def replay_for(host: Host, calibration: Calibration | None, prompts: int) -> Rep
         host: the pipeline.
         calibration: what the bank is made from.
         prompts: how many.
+
+    Raises:
+        BankError: the host cannot sample.
     """
     made: Mapping[str, Any] = calibration.provenance if calibration is not None else {}
-    known = list(made.get("prompts") or host.default_prompts())
-    chosen = [known[i % len(known)] for i in range(prompts)]
-    guidance = made.get("guidance", host.default_guidance)
-    return Replay(host, chosen, made.get("seed", 0), made.get("steps", 25), guidance, NOISE_LEVELS)
+    try:
+        known = list(made.get("prompts") or host.default_prompts())
+        chosen = [known[i % len(known)] for i in range(prompts)]
+        guidance = made["guidance"] if "guidance" in made else host.default_guidance
+        return Replay(host, chosen, made.get("seed", 0), made.get("steps", 25), guidance, NOISE_LEVELS)
+    except StagePruneError as error:
+        raise BankError(f"layers cannot be measured: {error} Or give `layer_allocation` 'uniform'.") from None
 
 
 def allocate_layers(
