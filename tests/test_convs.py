@@ -116,7 +116,7 @@ def test_whole_bank_is_least_squares_on_patches():
     """End to end, through the recorder's float32 sums."""
     host = UNetHost(make("sd15").double())
     calibration = calibrate(host, list(range(4)), steps=16, kinds=["channel"], batch_size=4)
-    bank = prune(host, calibration, levels=LEVELS, kinds=["channel"])
+    bank = prune(host, calibration, levels=LEVELS, kinds=["channel"], layer_allocation="uniform")
     assert len(bank.consumers) == 2 * 8
     for group in bank.groups:
         path = group.consumers[0].path
@@ -137,7 +137,7 @@ def test_compensated_convolutions_are_nearer_to_dense():
     calibration = calibration_for("sd15")
     errors = {}
     for method in ("obs", "magnitude"):
-        bank = prune(host, calibration, method=method, levels=LEVELS, kinds=["channel"])
+        bank = prune(host, calibration, method=method, levels=LEVELS, kinds=["channel"], layer_allocation="uniform")
         dense = forward(host.denoiser, 0.5)
         for level in (1, 2):
             with reference(host.denoiser, bank, level, 0):
@@ -184,7 +184,10 @@ def test_calibration_without_channels():
     plain = calibrate(host, list(range(4)), steps=8)
     assert not any("conv2" in path for path in plain.hessians)
     assert plain.fingerprint.mismatch(calibration_for("sd15").fingerprint) is None
-    assert {group.kind for group in prune(host, plain, levels=[0.5]).groups} == {"head", "neuron"}
+    assert {group.kind for group in prune(host, plain, levels=[0.5], layer_allocation="uniform").groups} == {
+        "head",
+        "neuron",
+    }
     with pytest.raises(CalibrationError, match=r"no Hessian for `down_blocks.0.resnets.0.conv2`.*with the `kinds`"):
         prune(host, plain, levels=[0.5], kinds=KINDS)
     with pytest.raises(

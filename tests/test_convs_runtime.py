@@ -48,7 +48,7 @@ def test_orders_differ_by_stage():
 @pytest.mark.parametrize("only", [["channel"], ["head", "channel"]], ids="+".join)
 def test_some_kinds(only):
     host = UNetHost(make("sdxl"))
-    bank = prune(host, calibration_for("sdxl"), levels=LEVELS, kinds=only)
+    bank = prune(host, calibration_for("sdxl"), levels=LEVELS, kinds=only, layer_allocation="uniform")
     assert {group.kind for group in bank.groups} == set(only)
     with reference(host.denoiser, bank, 2, 0):
         expected = forward(host.denoiser, 0.5)
@@ -152,7 +152,7 @@ def test_norm_without_weights():
             plain = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, affine=False)
             denoiser.get_submodule(name.rpartition(".")[0]).norm2 = plain
     host = UNetHost(denoiser)
-    bank = prune(host, method="magnitude", levels=LEVELS, kinds=["channel"])
+    bank = prune(host, method="magnitude", levels=LEVELS, kinds=["channel"], layer_allocation="uniform")
     with reference(denoiser, bank, 2, 0):
         expected = forward(denoiser, 0.5)
     attach(denoiser, bank, [0.6])

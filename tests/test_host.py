@@ -11,6 +11,7 @@ import torch
 
 import stageprune
 from stageprune import StagePruneError
+from stageprune.core.errors import BankError
 from stageprune.core.host import InputSize, sample
 from stageprune.core.hosts.diffusers import DiffusersHost, attach, detach, find_denoiser, reader_for
 from stageprune.core.hosts.diffusers.attach import METHODS
@@ -208,7 +209,9 @@ def test_a_pipeline_without_an_adapter_says_so(pipe):
 def test_a_pipeline_without_an_adapter_can_be_pruned_and_enabled(pipe, calibration):
     """With MACs at the denoiser's default size: nobody knows another."""
     other = Other(pipe.transformer, pipe.scheduler)
-    bank = stageprune.prune(other, calibration, levels=[0.5], multiple=16)
+    with pytest.raises(BankError, match=r"layers cannot be measured: Other cannot be.*`layer_allocation` 'uniform'"):
+        stageprune.prune(other, calibration, levels=[0.5], multiple=16)
+    bank = stageprune.prune(other, calibration, levels=[0.5], multiple=16, layer_allocation="uniform")
     assert bank.provenance["size"] is None and bank.provenance["calibration"]["size"] == [16, 16]
     pruner = stageprune.enable_stage_pruning(other, stageprune.Bundle(bank, stageprune.StageSchedule.uniform(0.5)))
     assert pruner.size is None

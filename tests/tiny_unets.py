@@ -97,6 +97,7 @@ def bank_for(name, sharing):
         levels=LEVELS,
         kinds=KINDS,
         multiple=8,
+        layer_allocation="uniform",
         order=order,
         consumers=consumers,
     )

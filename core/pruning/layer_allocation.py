@@ -59,7 +59,7 @@ def replay_for(host: Host, calibration: Calibration | None, prompts: int) -> Rep
     try:
         known = list(made.get("prompts") or host.default_prompts())
         chosen = [known[i % len(known)] for i in range(prompts)]
-        guidance = made["guidance"] if "guidance" in made else host.default_guidance
+        guidance = made.get("guidance", host.default_guidance)
         return Replay(host, chosen, made.get("seed", 0), made.get("steps", 25), guidance, NOISE_LEVELS)
     except StagePruneError as error:
         raise BankError(f"layers cannot be measured: {error} Or give `layer_allocation` 'uniform'.") from None
