@@ -15,6 +15,7 @@ import zoo
 from stageprune.core.api import host_for
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import BankError
+from stageprune.core.evaluation.pictures import layers_picture
 from stageprune.core.groups import find_groups, measure_cost, width_groups
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.bank import Consumer
@@ -194,3 +195,10 @@ def test_replaced_gives_the_very_tensors_back():
 def test_bad_arguments(options, message):
     with pytest.raises(BankError, match=message):
         prune(host_for(zoo.make_pipeline("dit")), **options)
+
+
+def test_the_picture_of_layers_is_an_image():
+    """More layers than names fit under it, too."""
+    for count in (3, 90):
+        shares = {f"blocks.{index}.ff": (1.0, 0.8, 0.1) for index in range(count)}
+        assert layers_picture(shares, (0.0, 0.2, 0.5)).startswith(b"\x89PNG")

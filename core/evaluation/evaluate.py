@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..bundle import Bundle
 from ..errors import StagePruneError
+from ..groups import Group
 from ..host import Host, Prompt
 from ..planning import Allocation
+from ..pruning import Bank
 from ..runtime import StagePruner, StageSummary, pruner_of, summarise
 from ..version import __version__
 from .benchmark import environment
@@ -114,7 +116,14 @@ def evaluate(
         curve=error_curve(job, bundle, runs) if curve else (),
         allocation=allocation,
         command=command,
+        layers={group.name: _shares(group, bundle.bank) for group in bundle.bank.groups},
+        sparsities=bundle.bank.sparsities,
+        layer_allocation=bundle.bank.provenance.get("layer_allocation"),
     )
+
+
+def _shares(group: Group, bank: Bank) -> tuple[float, ...]:
+    return tuple(count / group.size for count in bank.kept[group.name])
 
 
 def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,7 @@ CELL = 96
 
 _GAP, _GROUP_GAP, _LABELS, _HEADER = 4, 28, 150, 78
 _DPI = 100
+_MOST_NAMES = 40  # of layers that fit under a chart
 _COLOURS = {UNIFORM: "#8172b3", FEWER_STEPS: "#dd8452", SCHEDULE: "#c44e52", MAGNITUDE: "#7f7f7f"}
 _BLUE = "#4c72b0"
 
@@ -116,6 +117,28 @@ def table_picture(table: ErrorTable) -> bytes:
     axes.set_yticks(range(len(spans)), spans)
     axes.set(xlabel="sparsity of that stage alone", ylabel="stage (tau)")
     axes.tick_params(length=0, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return _png(figure)
+
+
+def layers_picture(shares: Mapping[str, Sequence[float]], sparsities: Sequence[float]) -> bytes:
+    """What each layer keeps at each level as a heat map: levels down, layers across.
+
+    Args:
+        shares: group name -> kept share of its units at each level, dense first.
+        sparsities: of the levels.
+    """
+    kept = torch.tensor(list(shares.values()), dtype=torch.float64).T[1:]
+    figure = _figure(8.4, 1.2 + 0.3 * len(kept))
+    axes = figure.add_subplot()
+    image = axes.imshow(kept.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, label="kept", pad=0.01)
+    axes.set_yticks(range(len(kept)), [f"{sparsity:g}" for sparsity in sparsities[1:]])
+    step = math.ceil(len(shares) / _MOST_NAMES)
+    axes.set_xticks(range(0, len(shares), step), list(shares)[::step], rotation=90)
+    axes.set(ylabel="sparsity")
+    axes.tick_params(length=0, labelsize=7)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return _png(figure)

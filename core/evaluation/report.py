@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..runtime import StageSummary
 from ..schedule import StageSchedule
 from .curve import CURVE_SAMPLES, CurvePoint
 from .extras import report_extra
-from .pictures import curve_picture, image_grid, schedule_picture, table_picture
+from .pictures import curve_picture, image_grid, layers_picture, schedule_picture, table_picture
 from .rows import Row, scientific, shown_columns, text_table
 from .scores import Pictures
 from .verdict import comparisons, lead
@@ -40,6 +40,9 @@ class Report:
         curve: paired error against MACs; empty if it was not asked for.
         allocation: how the schedule was chosen, if known.
         command: what made the report, if known.
+        layers: group name -> share of its units that it keeps at each level of the bank.
+        sparsities: of these levels, dense first.
+        layer_allocation: how they were divided among the groups, if known.
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +56,9 @@ class Report:
     curve: tuple[CurvePoint, ...] = ()
     allocation: Allocation | None = None
     command: str | None = None
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    sparsities: tuple[float, ...] = ()
+    layer_allocation: str | None = None
 
     def row(self, name: str) -> Row:
         """The row of a variant. KeyError if there is none of this name."""
@@ -78,6 +84,9 @@ class Report:
                 "taus": self.taus,
                 "curve": [asdict(point) for point in self.curve],
                 "allocation": self.allocation.to_dict() if self.allocation else None,
+                "layers": dict(self.layers),
+                "sparsities": self.sparsities,
+                "layer_allocation": self.layer_allocation,
                 "notes": self.notes,
                 "worst": self.worst.columns,
                 "environment": dict(self.environment),
@@ -138,6 +147,8 @@ class Report:
             pictures["curve"] = curve_picture(self.curve)
         if self.allocation is not None and self.allocation.table is not None:
             pictures["table"] = table_picture(self.allocation.table)
+        if self.layers:
+            pictures["layers"] = layers_picture(self.layers, self.sparsities)
         return pictures
 
     def __str__(self) -> str:

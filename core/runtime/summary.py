@@ -81,9 +81,10 @@ class StageSummary:
     size: InputSize | None = None
 
     @property
-    def prunes_channels(self) -> bool:
-        """Whether inner channels of convolutions are pruned too."""
-        return any(row.channels != NONE for row in self.stages)
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the columns of `stages` that count units of the bank: `heads`, `neurons`, `channels`, `blocks`."""
+        every = ("heads", "neurons", "channels", "blocks")
+        return tuple(kind for kind in every if any(getattr(row, kind) != NONE for row in self.stages))
 
     def __str__(self) -> str:
         size = self.size or "the model's default size"
