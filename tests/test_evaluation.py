@@ -277,7 +277,7 @@ class Page(HTMLParser):
 
 def test_saved_page_is_whole_and_self_contained(report, tmp_path):
     path = report.save(tmp_path / "deep" / "folder")
-    pictures = ["curve.png", "grid.png", "schedule.png", "table.png"]
+    pictures = ["curve.png", "grid.png", "layers.png", "schedule.png", "table.png"]
     written = sorted(file.name for file in path.parent.iterdir())
     assert written == sorted(["report.html", "report.json", *pictures])
     page = Page()
@@ -289,7 +289,7 @@ def test_saved_page_is_whole_and_self_contained(report, tmp_path):
         assert row.description in text
     for wanted in (*report.notes, *report.environment, "stageprune evaluate <tiny>"):
         assert wanted in text
-    assert len(page.images) == 4  # grid, schedule, curve, error table
+    assert len(page.images) == 5  # grid, schedule, layers, curve, error table
     assert all(source.startswith("data:image/png;base64,") for source in page.images)
 
 
