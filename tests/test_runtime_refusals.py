@@ -242,7 +242,7 @@ def test_summary_shows_requested_and_realised(enabled, bank):
     assert summary.stages[0].realised == 0 and summary.stages[0].macs == summary.dense_macs
     for row, level in zip(summary.stages, (0, 1, 2, 3, 2), strict=True):
         assert row.macs == bank.macs(running.cost)[LEVELS[level]]
-        assert row.heads == f"{3 * bank.kept['blocks.0.attn'][level]}/15"
+        assert row.heads == f"{sum(bank.kept[f'blocks.{i}.attn'][level] for i in range(3))}/15"
     assert summary.executed.calls == (2, 2, 2, 2, 2)
     text = str(enabled.stage_pruning_summary(steps=10))
     assert "asked" in text and f"{summary.executed.share:.3f} of the dense MACs" in text
