@@ -247,5 +247,7 @@ def levels_of_calls(pipe, run):
 
 
 def blocks_of(denoiser):
-    """The blocks that are repeated, which is what is compiled one by one."""
-    return [path for group in find_groups(denoiser) for path in group.blocks]
+    """The blocks that are repeated, which is what is compiled one by one; of a dense twin, as levels change widths."""
+    with torch.device("meta"):
+        twin = type(denoiser).from_config(denoiser.config)
+    return [path for group in find_groups(twin) for path in group.blocks]
