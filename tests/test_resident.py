@@ -82,7 +82,9 @@ def test_trimmed_holds_what_its_largest_level_uses(pipe, bank):
         for name, buffer in pipe.transformer.named_buffers()
         if "stage_weight" in name or "stage_bias" in name
     )
-    cut = 3 * (3 * 8 * 41 + 32 * 41) + 3 * (40 * 40 + 40 * 160)  # a head and 32 neurons a block; the dense consumers
+    gone = {group.name: group.size - bank.kept[group.name][1] for group in bank.groups}  # at the largest level
+    heads, neurons = (sum(gone[f"blocks.{i}.{kind}"] for i in range(3)) for kind in ("attn", "ff"))
+    cut = heads * 3 * 8 * 41 + neurons * 41 + 3 * (40 * 40 + 40 * 160)  # q, k, v and up; the dense consumers
     assert held(pipe.transformer) == dense + levels - 4 * cut
     with pytest.raises(StagePruneError, match=r"not resident \(resident sparsities: \[0\.2, 0\.5, 0\.7\]\)"):
         running.schedule = StageSchedule.from_levels([0.0] * 5)

@@ -106,7 +106,7 @@ class StagePruner:
         self._bound: list[int] = []
         try:
             self._attach()
-            _make_room_for_graphs(len(self.variants), len(set(bank.consumer_shapes.values())) or 1)
+            _make_room_for_graphs(len(self.variants), _shapes(bank))
             self.schedule = schedule
             self.switch(0)
             if self.trimmed:
@@ -268,13 +268,28 @@ class StagePruner:
 
 def _make_room_for_graphs(variants: int, shapes: int) -> None:
     """Each variant takes a graph for each shape that a kind of block has in the model (a UNet's grow with every
-    resolution) and each memory layout of its input; dynamo gives up after 8 by default.
+    resolution, and layers that were measured keep different widths) and each memory layout of its input; dynamo gives
+    up after 8 by default.
 
-    The limit is the process's: it is only ever raised.
+    The limits are the process's: they are only ever raised.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 8 + 4 * variants * shapes)
+        config, room = dynamo.config, 8 + 4 * variants * shapes
+        config.recompile_limit = max(config.recompile_limit, room)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * room)
+
+
+def _shapes(bank: Bank) -> int:
+    """How many shapes a kind of block may have at one level: those of the dense model if layers of one shape keep as
+    much as each other, one a layer if not.
+    """
+    dense = set(bank.consumer_shapes.values())
+    kept = {
+        (key.level, bank.consumer_shapes[key.path], tuple(made.weight.shape)) for key, made in bank.consumers.items()
+    }
+    alike = len(kept) == len({(level, shape) for level, shape, _ in kept})
+    return max(1, len(dense) if alike else len(bank.consumer_shapes))
 
 
 def pruner_of(denoiser: nn.Module) -> StagePruner | None:
