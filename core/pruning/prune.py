@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from torch import Tensor
 from .. import progress
 from ..calibration import Calibration
 from ..errors import BankError
-from ..groups import Group, consumer_sites, find_groups, measure_cost
+from ..groups import DenoiserCost, Group, consumer_sites, find_groups, measure_cost
 from ..groups.layer import layer_at
 from ..host import Host
 from .bank import Bank, Consumer, ConsumerKey, Sharing, fingerprint_of
-from .layer_allocation import LayerAllocation, allocate_layers, replay_for
+from .layer_allocation import LayerAllocation, LayerPlan, allocate_layers, replay_for
 from .levels import DEFAULT_LEVELS, check_sparsities, kept_blocks, kept_counts, select_groups
 from .methods import WIDTH_KINDS, Method, find_method
 from .solver import Solver
@@ -75,40 +74,27 @@ def prune(
     cost = measure_cost(host.denoiser, size=host.input_size)
     started = time.perf_counter()
     solver = Solver(host.denoiser, groups, recipe, calibration, damping, seed)
-    orders: dict[str, Tensor] = {}
-    for group in progress.track(groups, "ordering units"):
-        parts = [solver.order(group, stage) for stage in solver.order_stages(order)]
-        orders[group.name] = torch.stack(parts) if order == "stage" else parts[0]
-    counts = kept_counts(groups, cost, sparsities, multiple) if kept is None else dict(kept)
-    for group in groups:
-        if group.kind == "block" and kept is None:  # what blocks cost differs, so their order comes first
-            counts[group.name] = kept_blocks(orders[group.name], cost, sparsities)
-    layers: dict[str, Any] = {"layer_allocation": "uniform" if kept is None else "given"}
-    solved: dict[ConsumerKey, Consumer] = {}
+    orders = _orders(solver, order)
+    counts = _uniform_counts(groups, orders, cost, sparsities, multiple) if kept is None else dict(kept)
+    plan = LayerPlan(counts, {}, {"layer_allocation": "uniform" if kept is None else "given"})
     if measured and len(sparsities) > 1:
-        pooled = orders if order == "shared" else {group.name: solver.order(group, None) for group in groups}
+        pooled = orders if order == "shared" else _orders(solver, "shared")
         replay = replay_for(host, calibration, layer_prompts)
-        counts, pooled_consumers, layers = allocate_layers(solver, pooled, cost, sparsities, multiple, counts, replay)
-        solved = pooled_consumers if order == consumers == "shared" else {}
-    sites = consumer_sites(groups)
-    for path in progress.track(sites if not solved else (), "compensating" if recipe.compensates else "slicing"):
-        for stage in solver.consumer_stages(order, consumers):
-            units = {
-                g.name: (orders[g.name][stage or 0] if order == "stage" else orders[g.name]) for g, _ in sites[path]
-            }
-            solved.update(solver.consumers(path, stage, units, counts))
+        plan = allocate_layers(solver, pooled, cost, sparsities, multiple, counts, replay)
+    shared = order == consumers == "shared"
+    solved = plan.consumers if shared and plan.consumers else _solve(solver, orders, plan.counts, order, consumers)
     bank = Bank(
         denoiser=type(host.denoiser).__name__,
         component=host.component,
         groups=tuple(groups),
         sparsities=sparsities,
-        kept=counts,
+        kept=plan.counts,
         orders=orders,
         consumers=solved,
         edges=calibration.edges if calibration is not None and "stage" in (order, consumers) else (1.0, 0.0),
         method=method,
         fingerprint=fingerprint_of(host.denoiser),
-        consumer_shapes={path: tuple(layer_at(host.denoiser, path).weight.shape) for path in sites},
+        consumer_shapes={path: tuple(layer_at(host.denoiser, path).weight.shape) for path in consumer_sites(groups)},
     )
     return replace(
         bank,
@@ -119,11 +105,50 @@ def prune(
             "damping": damping,
             "multiple": multiple,
             "seed": seed,
-            **layers,
+            **plan.record,
             "seconds": round(time.perf_counter() - started, 2),
             "calibration": dict(calibration.provenance) if calibration is not None and recipe.needs_data else None,
         },
     )
+
+
+def _orders(solver: Solver, order: Sharing) -> dict[str, Tensor]:
+    """Units of each group, most important first: shape (size,), or (stages, size) for an order per stage."""
+    orders = {}
+    for group in progress.track(solver.groups, "ordering units"):
+        parts = [solver.order(group, stage) for stage in solver.order_stages(order)]
+        orders[group.name] = torch.stack(parts) if order == "stage" else parts[0]
+    return orders
+
+
+def _uniform_counts(
+    groups: Sequence[Group],
+    orders: Mapping[str, Tensor],
+    cost: DenoiserCost,
+    sparsities: Sequence[float],
+    multiple: int,
+) -> dict[str, tuple[int, ...]]:
+    """Kept units with the same share in every group. What whole blocks cost differs, so these follow their order."""
+    blocks = [group for group in groups if group.kind == "block"]
+    counts = kept_counts(groups, cost, sparsities, multiple)
+    return counts | {group.name: kept_blocks(orders[group.name], cost, sparsities) for group in blocks}
+
+
+def _solve(
+    solver: Solver,
+    orders: Mapping[str, Tensor],
+    counts: Mapping[str, tuple[int, ...]],
+    order: Sharing,
+    consumers: Sharing,
+) -> dict[ConsumerKey, Consumer]:
+    """Consumers of every level, for all stages together or for each."""
+    solved: dict[ConsumerKey, Consumer] = {}
+    sites = consumer_sites(solver.groups)
+    for path in progress.track(sites, "compensating" if solver.method.compensates else "slicing"):
+        for stage in solver.consumer_stages(order, consumers):
+            units = {g.name: orders[g.name][stage or 0] if order == "stage" else orders[g.name] for g, _ in sites[path]}
+            solved.update(solver.consumers(path, stage, units, counts))
+    return solved
 
 
 def _is_measured(
