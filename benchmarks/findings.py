@@ -20,9 +20,28 @@ Diffusion XL UNet (heads, neurons and ResNet channels pruned) and a FLUX MMDiT. 
 at the same steps. They are small models: the defaults follow from them, the numbers are theirs alone."""
 
 
+PICTURES = """
+## 6. Pictures
+
+At 0.67 of the MACs, 20 steps: `stageprune demo NAME` writes each as `out/demo/report/grid.png`. Rows are variants, columns
+seeds; on the right the seeds on which the schedule differs most from dense.
+
+dit-digits:
+
+![dit-digits, dense and pruned](demo-grid.png)
+
+sdxl-shapes:
+
+![sdxl-shapes, dense and pruned](sdxl-shapes-grid.png)
+
+flux-shapes:
+
+![flux-shapes, dense and pruned](flux-shapes-grid.png)"""
+
+
 def page(quality: Results, sharing: Results, layers: Results) -> str:
     """The whole page."""
-    parts = [compensation(quality), divisions(layers), stages(quality), orders(sharing), steps(quality)]
+    parts = [compensation(quality), divisions(layers), stages(quality), orders(sharing), steps(quality), PICTURES]
     return "\n".join([HEAD, short(quality, sharing, layers), *parts]) + "\n"
 
 

@@ -165,7 +165,7 @@ def _worst(latents: Tensor, dense: Tensor) -> list[int]:
 
 def _label(prompt: Prompt, seed: int) -> str:
     """Two lines that fit over a picture."""
-    return f"{textwrap.shorten(str(prompt), 14, placeholder='…')}\nseed {seed}"
+    return f"{textwrap.shorten(str(prompt), 13, placeholder='…')}\nseed {seed}"
 
 
 def _pictures(
