@@ -23,8 +23,8 @@ at the same steps. They are small models: the defaults follow from them, the num
 PICTURES = """
 ## 6. Pictures
 
-At 0.67 of the MACs, 20 steps: `stageprune demo NAME` writes each as `out/demo/report/grid.png`. Rows are variants, columns
-seeds; on the right the seeds on which the schedule differs most from dense.
+At 0.67 of the MACs, 20 steps: `stageprune demo NAME` writes each as `out/demo/report/grid.png`. Rows are variants,
+columns seeds; on the right the seeds on which the schedule differs most from dense.
 
 dit-digits:
 
