@@ -41,7 +41,7 @@ flux-shapes:
 
 def page(quality: Results, sharing: Results, layers: Results) -> str:
     """The whole page."""
-    parts = [compensation(quality), divisions(layers), stages(quality), orders(sharing), steps(quality), PICTURES]
+    parts = [compensation(layers), divisions(layers), stages(quality), orders(sharing), steps(quality), PICTURES]
     return "\n".join([HEAD, short(quality, sharing, layers), *parts]) + "\n"
 
 
@@ -67,11 +67,7 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
         for uniform in [data["cells"][key.replace("measured", "uniform")]]
         if ours["accuracy"]["mean"] < uniform["accuracy"]["mean"] - LOST
     ]
-    shares = [
-        same["latent_mse"]["mean"] / ours["latent_mse"]["mean"]
-        for data in layers.values()
-        for same, ours in zip(data["rows"][: len(TARGETS)], data["rows"][len(TARGETS) :], strict=True)
-    ]
+    shares = shares_of(layers)
     many = [row for data in sharing.values() for row in data["rows"] if row["prompts"] == data["rows"][0]["prompts"]]
     ratios = _over_shared(many)
     few = [row for data in sharing.values() for row in data["rows"] if row not in many]
@@ -81,7 +77,7 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
             "Holds on all three:\n",
             f"- What decides is *which units of which layer* go, and that the others compensate. At equal MACs one "
             f"share for all layers has {min(shares):.1f} to {max(shares):.0f} times the error of measured layers; "
-            "magnitude without compensation destroys images that the measured bank keeps (section 1).",
+            "magnitude without compensation loses far more at the same widths (section 1).",
             f"- On top of that, a level a stage: less paired error than one level everywhere in {below('uniform')}.",
             "- Small cuts are nearly free, and the error rises steeply towards half of the MACs: a moderate budget "
             "pays best.\n",
@@ -118,51 +114,52 @@ def _span(ratios: list[float]) -> str:
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
-def compensation(quality: Results) -> str:
-    """The same level for every group, kept by OBS with compensation or by magnitude without."""
+def compensation(layers: Results) -> str:
+    """OBS with compensation beside magnitude without, at the very same widths."""
     lines = [
         "\n## 1. Compensation\n",
-        "One level everywhere, 20 steps: Optimal Brain Surgeon with compensation and measured layers beside magnitude "
-        "without either.\n",
-        "| demo | MACs | error, OBS | magnitude | ratio | accuracy, dense | OBS | magnitude | Frechet, OBS "
-        "| magnitude |",
+        "`python benchmarks/layers.py`: one level everywhere, 20 steps; Optimal Brain Surgeon with compensation beside "
+        "magnitude without, every layer as wide in both: with one share for all layers, and with measured shares.\n",
+        "| demo | MACs | one share: error, OBS | magnitude | accuracy, OBS | magnitude "
+        "| measured: error, OBS | magnitude | accuracy, OBS | magnitude |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
-    for name, data in quality.items():
-        cells = data["cells"]
-        dense = cells["20/1.0/dense"]
+    for name, data in layers.items():
+        rows = {(row["method"], row["allocation"], row["target"]): row for row in data["rows"]}
         for target in TARGETS:
-            ours, other = cells[f"20/{target}/uniform"], cells[f"20/{target}/magnitude"]
-            ratios.append(other["latent_mse"]["mean"] / ours["latent_mse"]["mean"])
-            lines.append(
-                f"| {name} | {ours['share']:.2f} | {mean(ours, 'latent_mse')} | {mean(other, 'latent_mse')} | "
-                f"{ratios[-1]:.1f} | {mean(dense, 'accuracy', 3)} | {mean(ours, 'accuracy', 3)} | "
-                f"{mean(other, 'accuracy', 3)} | {ours['frechet_pooled']:.2f} | {other['frechet_pooled']:.2f} |"
-            )
-    return "\n".join([*lines, f"\nMagnitude has {min(ratios):.1f} to {max(ratios):.1f} times the error."])
+            cells = []
+            for allocation in ("uniform", "measured"):
+                ours, other = rows["obs", allocation, target], rows["magnitude", allocation, target]
+                ratios.append(other["latent_mse"]["mean"] / ours["latent_mse"]["mean"])
+                cells += [mean(ours, "latent_mse"), mean(other, "latent_mse")]
+                cells += [mean(ours, "accuracy", 3), mean(other, "accuracy", 3)]
+            lines.append(f"| {name} | {rows['obs', 'measured', target]['macs']:.2f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, f"\nMagnitude has {min(ratios):.1f} to {max(ratios):.0f} times the error."])
 
 
 def divisions(layers: Results) -> str:
     """One share for all layers, or by what each is worth."""
-    lines = [
-        "\n## 2. One share for all layers, or what each can spare\n",
-        "`python benchmarks/layers.py`: the same MACs, one level everywhere, 20 steps; the share of units that goes is "
-        "the same in every layer, or follows what the denoiser's output loses when that layer alone is pruned.\n",
-        "| demo | MACs | error, one share | measured | ratio | accuracy, one share | measured |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ratios = []
-    for name, data in layers.items():
-        found = {(row["allocation"], row["target"]): row for row in data["rows"]}
-        for target in TARGETS:
-            same, ours = found["uniform", target], found["measured", target]
-            ratios.append(same["latent_mse"]["mean"] / ours["latent_mse"]["mean"])
-            lines.append(
-                f"| {name} | {ours['macs']:.2f} | {mean(same, 'latent_mse')} | {mean(ours, 'latent_mse')} | "
-                f"{ratios[-1]:.1f} | {mean(same, 'accuracy', 3)} | {mean(ours, 'accuracy', 3)} |"
-            )
-    return "\n".join([*lines, f"\nOne share for all has {min(ratios):.1f} to {max(ratios):.1f} times the error."])
+    ratios = shares_of(layers)
+    return (
+        "\n## 2. One share for all layers, or what each can spare\n\n"
+        "The table above, read across: the share of units that goes is the same in every layer, or follows what the "
+        "denoiser's output loses when that layer alone is pruned. At equal MACs one share for all has "
+        f"{min(ratios):.1f} to {max(ratios):.0f} times the error. The report of `stageprune demo` draws what each "
+        "layer keeps."
+    )
+
+
+def shares_of(layers: Results) -> list[float]:
+    """Errors of OBS with one share for all layers over those with measured shares."""
+    found = []
+    for data in layers.values():
+        rows = {(row["allocation"], row["target"]): row for row in data["rows"] if row["method"] == "obs"}
+        found += [
+            rows["uniform", target]["latent_mse"]["mean"] / rows["measured", target]["latent_mse"]["mean"]
+            for target in TARGETS
+        ]
+    return found
 
 
 def stages(quality: Results) -> str:
