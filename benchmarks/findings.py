@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import TARGETS
+from common import DEMOS, TARGETS
 
 Results = dict[str, dict[str, Any]]
 """Demo -> what a benchmark wrote."""
@@ -208,7 +208,8 @@ def orders(sharing: Results) -> str:
             keys = [f"uniform {target}" for target in TARGETS]
             ratios = " | ".join(f"{row[key]['mean'] / base[key]['mean']:.2f}" for key in keys)
             lines.append(f"| {name} | {row['prompts']} | {row['order']} | {row['consumers']} | {ratios} |")
-    return "\n".join(lines)
+    missing = [name for name in DEMOS if name not in sharing]
+    return "\n".join([*lines, *([f"\nNot measured: {', '.join(missing)}."] if missing else [])])
 
 
 def steps(quality: Results) -> str:

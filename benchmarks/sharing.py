@@ -21,8 +21,8 @@ from stageprune.core.schedule import StageSchedule
 
 SHARINGS = (("shared", "shared"), ("shared", "stage"), ("stage", "stage"))
 STEPS, COUNT, SETS = 20, 20, 3
-PROMPTS = (100, 5)
-"""To calibrate on: many and few."""
+MANY, FEW = 100, {"flux-shapes": 15}
+"""Prompts to calibrate on; few are 5, or as many as a pipeline's short texts need for the rank of a Hessian."""
 
 
 def main() -> None:
@@ -39,11 +39,11 @@ def compare(demo: Subject) -> Iterator[dict[str, Any]]:
     """The three with many and few calibration prompts."""
     seeds = [list(range(200_000 + i * COUNT, 200_000 + (i + 1) * COUNT)) for i in range(SETS)]
     dense = [demo.sample(part, STEPS) for part in seeds]
-    for prompts in PROMPTS:
+    for prompts in (MANY, FEW.get(demo.name, 5)):
         calibration = demo.calibrate(prompts, STEPS, stages=5)
         kept = demo.prune(calibration).kept  # what each layer gives up does not depend on the sharing
         for order, consumers in SHARINGS:
-            row = measure(demo, calibration, kept, order, consumers, seeds, dense, schedule=prompts == PROMPTS[0])
+            row = measure(demo, calibration, kept, order, consumers, seeds, dense, schedule=prompts == MANY)
             print(demo.name, describe({"prompts": prompts, **row}), flush=True)
             yield {"prompts": prompts, **row}
 
