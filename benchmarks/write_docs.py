@@ -118,12 +118,10 @@ def sharing(demos: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, SHARING_VERDICT])
 
 
-FOOTPRINT = ("resident_over_dense", "switch_ms", "bank_mib")
 SHARING_VERDICT = """
 Shared orders and consumers are the default: such a bank runs any schedule at any number of steps, is the smallest, and
-switches for nothing. Where the schedule's boundaries are fixed, `consumers="stage"` has less error at the same memory
-while it runs, and `order="stage"` the least, for a gather at each switch and room for the gathered rows; both cost a
-bank that is larger by the number of stages, and enough prompts for every stage."""
+switches for nothing. Orders or consumers per stage have less error on some models and more on others, cost a bank that
+is larger by the number of stages, and need enough prompts for every stage."""
 
 
 def solver(data: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from .cli_options import (
     Guidance,
     JudgeFolder,
     Kinds,
+    LayerAllocation,
     Layers,
     Levels,
     Out,
@@ -134,13 +135,7 @@ def prune(
     kinds: Kinds = None,
     order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
     consumers: Consumers = "shared",
-    layer_allocation: Annotated[
-        str | None,
-        typer.Option(
-            help="How a level is divided among layers: measured (by what the output loses when one alone is pruned; "
-            "default of obs) or uniform (the same share in each; default of the others)."
-        ),
-    ] = None,
+    layer_allocation: LayerAllocation = None,
     layer_prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure layers with.")] = 4,
     multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
     damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,

@@ -22,6 +22,13 @@ Prompts = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: those of the calibration.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: that of the calibration.")]
+LayerAllocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How a level is divided among layers: measured (by what the output loses when one alone is pruned; "
+        "default of obs) or uniform (the same share in each; default of the others)."
+    ),
+]
 Size = Annotated[
     str | None,
     typer.Option(

@@ -91,16 +91,18 @@ def allocate_layers(
     for name, power in POWERS.items():
         candidates[name] = spread(solver.groups, cost, sparsities, sensitivity, power, multiple)
     errors: dict[str, list[float]] = {}
-    consumers: dict[str, dict[ConsumerKey, Consumer]] = {}
+    consumers: dict[ConsumerKey, Consumer] = {}
     for name in progress.track(candidates, "comparing layer allocations"):
-        consumers[name] = dict(_consumers(solver, orders, candidates[name]))
+        made = dict(_consumers(solver, orders, candidates[name]))
         errors[name] = [
-            replay.error(_widened(solver, orders, candidates[name], consumers[name], level))
-            for level in range(1, len(sparsities))
+            replay.error(_widened(solver, orders, candidates[name], made, level)) for level in range(1, len(sparsities))
         ]
+        if choose(errors) == name:  # only the best so far is held: consumers are a good part of the model
+            consumers = made
     best = choose(errors)
+    logger.info("layers divided by %s; errors of the output: %s", best, errors)
     record = {"layer_allocation": best, "layer_errors": {name: [*map(_short, each)] for name, each in errors.items()}}
-    return LayerPlan(dict(candidates[best]), consumers[best], record)
+    return LayerPlan(dict(candidates[best]), consumers, record)
 
 
 def measure_sensitivity(solver: Solver, orders: Mapping[str, Tensor], multiple: int, replay: Replay) -> Sensitivity:

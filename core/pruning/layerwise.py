@@ -1,13 +1,11 @@
 """Per-layer allocation inside a level: each group gives up what the denoiser's output can best spare.
 
-The same share in every group is what the papers do (OBS-Diff, section 4.1), and what local losses of the layers did not
-improve on. What does is the loss at the *end* of the network: prune one group alone, and see how much the denoiser's
-output changes.
+The same share in every group is what OBS-Diff does, and what local losses of the layers did not improve on. What does
+is the loss at the *end* of the network: prune one group alone, and see how much the denoiser's output changes.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..groups import DenoiserCost, Group
-
-logger = logging.getLogger(__name__)
 
 GRID = (0.125, 0.25, 0.5, 0.75, 0.875)
 """Shares of a group's units that are removed to measure it; between them errors are interpolated."""
@@ -73,8 +69,8 @@ def spread(
     """Kept units of each group at each level, so that the sum of errors is least: always the removal with the least
     error per MAC next, along the lower convex hull of each group's errors.
 
-    On the hulls that is the exact optimum for every amount removed, and the levels are nested, as they must be, without
-    being made so. A level removes at least the asked share of the groups' MACs, and as little more as its units allow.
+    On the hulls that is the optimum wherever a step ends, and the levels are nested, as they must be, without being
+    made so. A level removes at least the asked share of the groups' MACs, and as little more as its units allow.
 
     Args:
         groups: heads, neurons and channels.
@@ -169,7 +165,4 @@ def choose(errors: Mapping[str, Sequence[float]]) -> str:
         errors: candidate -> error of the denoiser's output at each level above 0, with all groups pruned.
     """
     means = {name: sum(math.log(max(error, 1e-30)) for error in each) / len(each) for name, each in errors.items()}
-    best = min(means, key=lambda name: (means[name], name))
-    for name, mean in means.items():
-        logger.info("layers %s: error %.3g (geometric mean of levels)", name, math.exp(mean))
-    return best
+    return min(means, key=lambda name: (means[name], name))
