@@ -141,8 +141,8 @@ def divisions(layers: Results) -> str:
     ratios = shares_of(layers)
     return (
         "\n## 2. One share for all layers, or what each can spare\n\n"
-        "The table above, read across: the share of units that goes is the same in every layer, or follows what the "
-        "denoiser's output loses when that layer alone is pruned. At equal MACs one share for all has "
+        "The table above, read across: the share of units that goes is the same in every layer, or follows how far "
+        "the sample would move if that layer alone were pruned. At equal MACs one share for all has "
         f"{min(ratios):.1f} to {max(ratios):.0f} times the error. The report of `stageprune demo` draws what each "
         "layer keeps."
     )

@@ -1,4 +1,4 @@
-"""One share in every layer, or what the denoiser's output can best spare: the same MACs, at every stage alike.
+"""One share in every layer, or what the samples can best spare: the same MACs, at every stage alike.
 
 python benchmarks/layers.py                   # all three demos, into results/layers-<demo>.json
 """

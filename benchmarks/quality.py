@@ -30,6 +30,7 @@ STEPS = (20, 8, 4)
 REFERENCE_STEPS = 40
 SETS = {"dit-digits": 5}
 FIRST_SEED = 100_000
+VARIANTS = ("dense", "measured", "uniform", "magnitude", "fewer steps")
 
 
 def main() -> None:
@@ -111,6 +112,7 @@ class Runner:
             "frechet_pooled": frechet(self.demo.judge, pooled),
             **{metric: mean_and_spread([row[metric] for row in rows]) for metric in rows[0]},
         }
+        self.data["cells"] = dict(sorted(self.data["cells"].items(), key=lambda item: place(item[0])))
         write_results(result_path(self.demo.name).stem, self.data)
         means = {metric: round(sum(row[metric] for row in rows) / len(rows), 5) for metric in rows[0]}
         print(key, means, flush=True)
@@ -148,6 +150,12 @@ class Runner:
         if (index, steps) not in self.references:
             self.references[index, steps] = self.sample(index, steps)
         return self.references[index, steps]
+
+
+def place(key: str) -> tuple[int, float, int]:
+    """Where a cell stands in the tables, whenever it was made."""
+    steps, target, name = key.split("/")
+    return -int(steps), -float(target), VARIANTS.index(name)
 
 
 @contextmanager

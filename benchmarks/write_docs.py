@@ -1,5 +1,5 @@
-"""Write docs/results.md, docs/findings.md and the table in README.md from the JSON in results/. No figure is typed by
-hand.
+"""Write docs/results.md, findings.md and engine.md, and the table in README.md, from the JSON in results/. No figure is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ import json
 import re
 from typing import Any
 
+import engine_tables
 import findings
-
 from common import DEMOS, RESULTS, ROOT
 from families import table as families_table
 from quality import show, tables
@@ -27,6 +27,10 @@ def main() -> None:
     parts = [of_demos(found, kind) for kind in ("quality", "sharing", "layers")]
     if len(parts[0]) == len(parts[2]) == len(DEMOS):  # what holds for every model cannot be said of some
         (ROOT / "docs" / "findings.md").write_text(findings.page(*parts), "utf-8")
+    methods, ablations = of_demos(found, "methods"), of_demos(found, "ablations")
+    if methods or ablations:
+        page = engine_tables.page(methods, ablations, found.get("solver-order"))
+        (ROOT / "docs" / "engine.md").write_text(page, "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     block = f"{BEGIN}\n{short_table(of_demos(found, 'quality'))}\n{END}"

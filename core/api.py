@@ -12,12 +12,13 @@ from . import planning as _planning
 from . import pruning as _pruning
 from .bundle import Bundle, load_bundle
 from .calibration import Alpha, Calibration, Layers
+from .distributed import processes_here
 from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost, Size
 from .planning import ErrorTable, MosaicSettings, Stages
-from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation
+from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation, Predecessors
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
 
@@ -64,11 +65,16 @@ def calibrate(
     layers: Layers = "consumers",
     skip_blocks: bool = False,
     taylor: float | None = None,
+    tokens: float = 1.0,
+    hessian_budget: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
 ) -> Calibration:
     """Accumulate the Hessians of every consumer's inputs on the pipeline's own dense trajectories.
+
+    Started by `accelerate launch` (or `torchrun`) in several processes, each runs its share of the prompts, and each
+    returns the sums of all.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -85,12 +91,17 @@ def calibrate(
         skip_blocks: with kind `block`, also run the denoiser without each block, for method `depth-output`.
         taylor: also take gradients of the denoising loss, for method `taylor`, at the steps with at least this share of
             the largest loss (Diff-Pruning: 0.05). None takes none.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random; less saves time.
+        hessian_budget: GiB of Hessians that are held where the denoiser is; what does not fit is summed in further runs
+            over the same prompts. None is one run.
         seed: first seed.
         batch_size: prompts that run together.
-        checkpoint: file rewritten after each batch; an interrupted call goes on from it to the identical result.
+        checkpoint: file rewritten after each batch; an interrupted call goes on from it to the identical result. Each
+            of several processes has its own beside it.
 
     Raises:
-        CalibrationError: too few data for the Hessians' rank, or a checkpoint of another call.
+        CalibrationError: too few data for the Hessians' rank, a budget that is too small, or a checkpoint of another
+            call.
 
     Example:
         >>> calibration = stageprune.calibrate(pipe, list(range(10)) * 4, steps=20)
@@ -108,9 +119,12 @@ def calibrate(
         layers=layers,
         skip_blocks=skip_blocks,
         taylor=taylor,
+        tokens=tokens,
+        hessian_budget=hessian_budget,
         seed=seed,
         batch_size=batch_size,
         checkpoint=checkpoint,
+        processes=processes_here(),
     )
 
 
@@ -125,7 +139,13 @@ def prune(
     consumers: Sharing = "shared",
     layer_allocation: LayerAllocation | None = None,
     layer_prompts: int = 4,
+    predecessors: Predecessors = "dense",
+    predecessor_prompts: int = 32,
+    hessian_budget: float | None = None,
     multiple: int = 64,
+    minimum: float = 0.0,
+    shares: Mapping[str, float] | None = None,
+    keep_dense: Sequence[str] = (),
     damping: float = 0.01,
     seed: int = 0,
     size: Size | None = None,
@@ -143,11 +163,21 @@ def prune(
             `["block"]` skips whole blocks (`depth`, `depth-output`, `random`).
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
-        layer_allocation: how a level is divided among the groups: `measured`, by what the denoiser's output loses when
-            one group alone is pruned (the default of `obs`; a few hundred calls of the denoiser), or `uniform`, the
+        layer_allocation: how a level is divided among the groups: `measured`, by how far samples would move if
+            one group alone were pruned (the default of `obs`; a few hundred calls of the denoiser), or `uniform`, the
             same share in every group (the default of the other methods).
         layer_prompts: prompts to measure that with, the calibration's first ones.
+        predecessors: compensate consumers for inputs from `dense` predecessors, or from those that each level has
+            itself (`pruned`: asymmetric compensation, which runs every level beside the dense denoiser).
+        predecessor_prompts: prompts of these runs, the calibration's first ones.
+        hessian_budget: GiB that the sums of these runs may take; what does not fit goes into further packages, each of
+            which sees what the packages before it have become. None is one package.
         multiple: neurons are kept in multiples of this.
+        minimum: share of each group's units that stays at every level.
+        shares: unit kind -> how much of a level it takes, relative to the other kinds: `{"head": 0.5}` takes half as
+            large a share of the heads as of the rest. Levels are then divided uniformly.
+        keep_dense: groups to leave alone, by name or with wildcards (`blocks.0.*`; `stageprune inspect PIPE` lists
+            them); levels are shares of the rest.
         damping: added to each Hessian's diagonal, relative to its mean.
         seed: for methods that draw.
         size: in pixels, a side or (height, width): MACs are counted at this size; that of the calibration by default.
@@ -170,7 +200,13 @@ def prune(
         consumers=consumers,
         layer_allocation=layer_allocation,
         layer_prompts=layer_prompts,
+        predecessors=predecessors,
+        predecessor_prompts=predecessor_prompts,
+        hessian_budget=hessian_budget,
         multiple=multiple,
+        minimum=minimum,
+        shares=shares,
+        keep_dense=keep_dense,
         damping=damping,
         seed=seed,
     )

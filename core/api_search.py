@@ -8,11 +8,11 @@ from typing import Any
 
 from . import planning as _planning
 from .api import host_at
+from .distributed import processes_here
 from .evaluation import Judge
 from .host import Prompt
 from .hosts.diffusers import Size
 from .planning import Fitness, MosaicSettings, SearchResult, SearchSettings, Stages
-from .planning.search import processes_here
 from .planning.search.fitness import Measure
 from .pruning import Bank
 from .schedule import StageSchedule

@@ -16,41 +16,33 @@ try:
 except ImportError:
     sys.exit("The stageprune command needs its extra: pip install 'stageprune[cli]'")
 
+from .cli_bank import calibrate, prune
 from .cli_options import (
     FULL_SIZE,
-    AlphaName,
     Batch,
     BundleArgument,
-    Consumers,
     Device,
     Dtype,
     Empty,
     Guidance,
     JudgeFolder,
-    Kinds,
-    LayerAllocation,
-    Layers,
     Levels,
     Out,
     OwnSize,
     Pipe,
     Prompts,
     Size,
-    SkipBlocks,
     Stages,
     Steps,
     Strategy,
     Target,
-    Taylor,
     default_judge,
     load,
     numbers,
     pixels,
     read_prompts,
-    repeat,
     show_pipeline,
     stages_of,
-    words,
 )
 from .cli_search import search
 from .cli_static import export, sparsify
@@ -74,97 +66,8 @@ def setup(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
-@app.command()
-def calibrate(
-    pipe: Pipe,
-    out: Out = Path("out/calibration.safetensors"),
-    prompts: Prompts = None,
-    count: Annotated[int, typer.Option(min=1, help="How many prompts; a shorter list repeats, with new seeds.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
-    size: OwnSize = None,
-    stages: Annotated[int, typer.Option(min=1, help="Stages kept apart (for orders or consumers per stage).")] = 1,
-    kinds: Kinds = None,
-    layers: Layers = "consumers",
-    skip_blocks: SkipBlocks = False,
-    taylor: Taylor = None,
-    alpha: AlphaName = "uniform",
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    batch_size: Batch = 16,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-) -> None:
-    """Run the pipeline on prompts and accumulate what pruning needs to know. Interrupted? Run it again: it goes on."""
-    from .api import calibrate as run
-
-    pipeline = load(pipe, device, dtype)
-    part = out.with_name(out.name + ".part")
-    chosen = repeat(read_prompts(prompts, pipeline), count)
-    result = run(
-        pipeline,
-        chosen,
-        steps=steps,
-        guidance=guidance,
-        size=pixels(size),
-        stages=stages,
-        alpha=alpha,
-        kinds=words(kinds or "head,neuron"),
-        layers=layers,  # type: ignore[arg-type]  # checked by calibrate
-        skip_blocks=skip_blocks,
-        taylor=taylor,
-        seed=seed,
-        batch_size=batch_size,
-        checkpoint=part,
-    )
-    result.save(out)
-    part.unlink(missing_ok=True)
-    typer.echo(f"{result}\nsaved to {out}")
-
-
-@app.command()
-def prune(
-    pipe: Pipe,
-    calibration: Annotated[
-        Path | None, typer.Option(help="What `calibrate` wrote. Data-free methods need none.")
-    ] = None,
-    out: Out = Path("out/bank"),
-    method: Annotated[
-        str, typer.Option(help="obs, wanda, activation, taylor, magnitude, random; for blocks depth.")
-    ] = "obs",
-    levels: Annotated[str, typer.Option(help="Sparsities of the levels.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7",
-    kinds: Kinds = None,
-    order: Annotated[str, typer.Option(help="One order for all stages (shared) or one a stage (stage).")] = "shared",
-    consumers: Consumers = "shared",
-    layer_allocation: LayerAllocation = None,
-    layer_prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure layers with.")] = 4,
-    multiple: Annotated[int, typer.Option(min=1, help="Keep neurons in multiples of this.")] = 64,
-    damping: Annotated[float, typer.Option(help="Relative damping of the Hessians.")] = 0.01,
-    size: Size = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-) -> None:
-    """Make the bank of levels and save it as a bundle without a schedule (`allocate` adds one)."""
-    from .api import prune as run
-    from .bundle import Bundle
-    from .calibration import Calibration
-
-    loaded = Calibration.load(calibration) if calibration else None
-    bank = run(
-        load(pipe, device, dtype),
-        loaded,
-        method=method,
-        levels=numbers(levels, "--levels"),
-        kinds=words(kinds) if kinds else None,
-        order=order,  # type: ignore[arg-type]  # checked by prune
-        consumers=consumers,  # type: ignore[arg-type]
-        layer_allocation=layer_allocation,  # type: ignore[arg-type]
-        layer_prompts=layer_prompts,
-        multiple=multiple,
-        damping=damping,
-        size=pixels(size),
-    )
-    Bundle(bank).save(out)
-    typer.echo(f"{bank}\nsaved to {out}")
+for making in (calibrate, prune):
+    app.command()(making)
 
 
 @app.command()

@@ -25,7 +25,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: t
 LayerAllocation = Annotated[
     str | None,
     typer.Option(
-        help="How a level is divided among layers: measured (by what the output loses when one alone is pruned; "
+        help="How a level is divided among layers: measured (by how far images would move if one alone were pruned; "
         "default of obs) or uniform (the same share in each; default of the others)."
     ),
 ]
@@ -69,6 +69,32 @@ Taylor = Annotated[
     typer.Option(
         help="Score units by gradients too, for --method taylor: at the steps with at least this share of the largest "
         "loss, as 0.05. Takes the memory of training."
+    ),
+]
+PredecessorsOption = Annotated[
+    str,
+    typer.Option(
+        "--predecessors",
+        help="Compensate layers for inputs from dense predecessors, or from those that each level has itself (pruned; "
+        "runs every level beside the dense model, in packages if --hessian-budget asks for it).",
+    ),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(help="How much of a level a kind takes, relative to the others, as head=0.5,neuron=1."),
+]
+KeepDense = Annotated[
+    str | None,
+    typer.Option(help="Groups to leave alone, separated by commas, wildcards allowed, as blocks.0.*,*.attn."),
+]
+Tokens = Annotated[
+    float, typer.Option(help="Share of the tokens of each call that are summed, drawn at random. Less is faster.")
+]
+HessianBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for Hessians beside the model, as 4GiB: what does not fit is summed in further runs over the same "
+        "prompts. Default: one run."
     ),
 ]
 Target = Annotated[
@@ -172,6 +198,25 @@ def default_judge(pipe: str) -> Path | None:
     """The judge that comes with a demo pipeline."""
     folder = Path(pipe) / "judge"
     return folder if folder.is_dir() else None
+
+
+def shares_of(text: str | None) -> dict[str, float] | None:
+    """The numbers in a `--shares`."""
+    if text is None:
+        return None
+    parts = [part.split("=") for part in words(text)]
+    if any(len(part) != 2 for part in parts):
+        raise StagePruneError(f"--shares must be like head=0.5,neuron=1; got {text!r}.")
+    values = numbers(",".join(value for _, value in parts), "--shares")
+    return {kind.strip(): value for (kind, _), value in zip(parts, values, strict=True)}
+
+
+def gibibytes(text: str | None) -> float | None:
+    """The number in a `--hessian-budget`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB)?", text or "", re.IGNORECASE)
+    if text is not None and match is None:
+        raise StagePruneError(f"--hessian-budget must be a size such as 4GiB or 500MiB, got {text!r}.")
+    return float(match[1]) / (1024 if (match[2] or "").lower() == "mib" else 1) if match else None
 
 
 def pixels(size: str | None) -> tuple[int, int] | None:

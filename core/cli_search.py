@@ -106,8 +106,8 @@ def search(
     """
     from .api_search import search as run
     from .bundle import Bundle
+    from .distributed import processes_here
     from .files import atomic_file
-    from .planning.search import processes_here
 
     processes = processes_here()
     bank = Bundle.load(bundle).bank

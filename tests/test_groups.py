@@ -21,7 +21,7 @@ from stageprune.core.groups.families.dit import DiT
 from stageprune.core.groups.group import check_groups, consumer_sites
 from stageprune.core.groups.layer import layer_at
 from stageprune.core.groups.registry import _FAMILIES
-from stageprune.core.pruning.levels import kept_counts
+from stageprune.core.pruning.levels import Widths, kept_counts
 from support import make_denoiser, same_state, state_of
 
 CONFIGS = {
@@ -245,7 +245,7 @@ def test_cost_at_kept_counts(denoiser, share):
     """Equal to the counter's reading of the physically sliced model, to the last multiplication."""
     groups = find_groups(denoiser)
     cost = measure_cost(denoiser, groups)
-    counts = kept_counts(width_groups(groups), cost, (0.0, share) if share else (0.0,), 1)
+    counts = kept_counts(width_groups(groups), cost, (0.0, share) if share else (0.0,), Widths(1))
     kept = {name: values[-1] for name, values in counts.items()}
     kept["blocks.0.attn"] = 1  # blocks need not agree
     inputs = family_of(denoiser).example_inputs(denoiser)
@@ -267,7 +267,7 @@ def test_full_size_model_on_the_meta_device():
         denoiser = DiTTransformer2DModel(num_embeds_ada_norm=1000)
     groups = find_groups(denoiser)
     cost = measure_cost(denoiser, groups)
-    counts = kept_counts(width_groups(groups), cost, (0.0, 0.5), 64)
+    counts = kept_counts(width_groups(groups), cost, (0.0, 0.5), Widths(64))
     assert time.perf_counter() - start < 10
     assert all(parameter.is_meta for parameter in denoiser.parameters())
     assert 2 * cost.dense == pytest.approx(0.237e12, rel=0.01)

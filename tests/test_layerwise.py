@@ -21,7 +21,7 @@ from stageprune.core.pruning import prune
 from stageprune.core.pruning.bank import Consumer
 from stageprune.core.pruning.layer_allocation import replay_for
 from stageprune.core.pruning.layerwise import Sensitivity, choose, grid_counts, spread
-from stageprune.core.pruning.levels import kept_counts
+from stageprune.core.pruning.levels import Widths, kept_counts
 from stageprune.core.pruning.replay import replaced
 from stageprune.core.pruning.states import zero_filled_state
 from stageprune.core.runtime import applied
@@ -44,7 +44,7 @@ def cost(groups):
 
 def convex(group, factor, multiple):
     """Errors that rise ever faster with what is removed."""
-    counts = grid_counts(group, multiple)
+    counts = grid_counts(group, Widths(multiple))
     return counts, tuple(factor * (1 - count / group.size) ** 2 for count in counts)
 
 
@@ -60,7 +60,7 @@ def test_levels_are_nested_and_remove_what_was_asked(groups, cost, data):
     factors = data.draw(st.lists(st.floats(1e-6, 10), min_size=len(groups), max_size=len(groups)))
     levels = [0.0, *sorted(data.draw(st.sets(st.sampled_from([0.05 * i for i in range(1, 15)]), min_size=1)))]
     power = data.draw(st.sampled_from([1.0, 0.5]))
-    kept = spread(groups, cost, levels, sensitivity_of(groups, factors, multiple), power, multiple)
+    kept = spread(groups, cost, levels, sensitivity_of(groups, factors, multiple), power, Widths(multiple))
     total = sum(cost.units[group.name] * group.size for group in groups)
     largest = max(cost.units[group.name] * (multiple if group.kind == "neuron" else 1) for group in groups)
     for group in groups:
@@ -96,14 +96,14 @@ def test_no_other_division_of_units_at_one_price_errs_less(groups, cost, factors
 def test_what_costs_nothing_goes_first(groups, cost):
     worthless = groups[1].name
     factors = [0.0 if group.name == worthless else 1.0 for group in groups]
-    kept = spread(groups, cost, [0.0, 0.05], sensitivity_of(groups, factors), multiple=16)
+    kept = spread(groups, cost, [0.0, 0.05], sensitivity_of(groups, factors), widths=Widths(16))
     assert kept[worthless][1] < groups[1].size
     assert all(kept[group.name][1] == group.size for group in groups if group.name != worthless)
 
 
 def test_all_is_removed_that_may_be_and_no_more(groups, cost):
-    kept = spread(groups, cost, [0.0, 0.99], sensitivity_of(groups, [1.0] * len(groups)), multiple=16)
-    assert all(kept[group.name][1] == grid_counts(group, 16)[-1] for group in groups)
+    kept = spread(groups, cost, [0.0, 0.99], sensitivity_of(groups, [1.0] * len(groups)), widths=Widths(16))
+    assert all(kept[group.name][1] == grid_counts(group, Widths(16))[-1] for group in groups)
 
 
 def test_the_candidate_of_least_geometric_mean_wins():
@@ -140,13 +140,35 @@ def test_the_error_is_that_of_the_running_level(case):
         assert replayed > 0 and math.isclose(replayed, running, rel_tol=1e-3)
 
 
+def test_a_step_counts_by_what_its_error_means_at_the_end(case):
+    """Once weighed, the error is the mean of what each step, made with these consumers alone, does to the sample."""
+    host, calibration, bank = case
+    replay = replay_for(host, calibration, 2)
+    state = zero_filled_state(host.denoiser, bank, 2)
+    consumers = {p: Consumer(state[f"{p}.weight"], state[f"{p}.bias"]) for p in bank.consumer_shapes}
+    finals = []
+    with applied(host, bank) as pruner, torch.no_grad():
+        for step in replay.steps:
+            pruner.schedule = StageSchedule.uniform(bank.sparsities[2])
+            after = host.advance(step.before, replay.conditions, replay.guidance, step.before.index + 1)
+            pruner.schedule = StageSchedule.uniform(0.0)
+            final = host.advance(after, replay.conditions, replay.guidance, replay.total).latents
+            finals.append(float((final.double() - replay.final.double()).square().mean()))
+    assert all(finals) and replay.weights == [1.0] * len(finals)
+    with torch.no_grad():
+        replay.weigh(consumers)
+        assert len(set(replay.weights)) > 1 and min(replay.weights) > 0
+        error = replay.error(consumers)
+    assert math.isclose(error, sum(finals) * replay.total / len(finals), rel_tol=1e-3)
+
+
 def test_the_choice_is_measured_and_recorded(case):
     host, calibration, bank = case
     errors = bank.provenance["layer_errors"]
     assert bank.provenance["layer_allocation"] == choose(errors)
     assert set(errors) == {"uniform", "squares", "lengths"} and all(len(each) == 3 for each in errors.values())
     groups = list(bank.groups)
-    uniform = kept_counts(groups, measure_cost(host.denoiser, size=host.input_size), LEVELS, 8)
+    uniform = kept_counts(groups, measure_cost(host.denoiser, size=host.input_size), LEVELS, Widths(8))
     again = prune(host, calibration, levels=LEVELS, multiple=8, layer_allocation="uniform")
     assert again.kept == uniform and again.provenance["layer_allocation"] == "uniform"
     same = prune(host, calibration, levels=LEVELS, multiple=8)

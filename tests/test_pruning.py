@@ -15,7 +15,7 @@ from stageprune.core.groups import DenoiserCost, Group, measure_cost
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.pruning import prune, realised_sparsity
 from stageprune.core.pruning.compensate import compensate, damp, reconstruction_loss, with_bias
-from stageprune.core.pruning.levels import check_sparsities, kept_counts
+from stageprune.core.pruning.levels import Widths, check_sparsities, kept_counts
 from stageprune.core.pruning.methods import _METHODS, ConsumerProblem, GroupProblem, _by_score, find_method
 from stageprune.core.pruning.obs import obs_order
 from support import LEVELS, make_pipe, state_of
@@ -150,7 +150,7 @@ def test_kept_counts(heads, neurons, sparsities, multiple):
     sizes = {g.name: g.size for g in groups}
     dense = sum(macs[name] * size for name, size in sizes.items()) + 1000
     levels = check_sparsities(sparsities)
-    kept = kept_counts(groups, DenoiserCost(dense, macs, sizes), levels, multiple)
+    kept = kept_counts(groups, DenoiserCost(dense, macs, sizes), levels, Widths(multiple))
     for group in groups:
         counts = kept[group.name]
         assert len(counts) == len(levels)
@@ -175,7 +175,7 @@ def test_realised_sparsity_is_close_to_the_asked_one(blocks, heads, neurons, spa
         groups += [Group(f"h{index}", "head", heads, 64), Group(f"n{index}", "neuron", neurons, 1)]
         units |= {f"h{index}": 4 * neurons // heads * 64, f"n{index}": 8 * 64}
     cost = DenoiserCost(10**12, units, {group.name: group.size for group in groups})
-    kept = kept_counts(groups, cost, (0.0, sparsity), multiple)
+    kept = kept_counts(groups, cost, (0.0, sparsity), Widths(multiple))
     assert realised_sparsity(kept, cost, 0) == 0
     grain = multiple * sum(units[g.name] for g in groups if g.kind == "neuron") / cost.prunable
     assert abs(realised_sparsity(kept, cost, 1) - sparsity) <= 0.51 * grain + 0.002

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import threading
@@ -11,43 +10,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from test_search_resume import OPTIONS, told
 
-from stageprune.core.errors import SearchError
+from stageprune.core import distributed
+from stageprune.core.distributed import Accelerated, processes_here
+from stageprune.core.errors import StagePruneError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import search
-from stageprune.core.planning.search import distributed
-from stageprune.core.planning.search.distributed import Accelerated, processes_here
-from stageprune.core.planning.search.processes import Single
+from stageprune.core.processes import Single
 from stageprune.core.pruning import prune
 from support import make_pipe, raising
-
-
-class Together:
-    """A rank whose collective calls meet the others' at a barrier."""
-
-    device = "cpu"
-
-    def __init__(self, rank, size, barrier, table):
-        self.rank, self.size, self.barrier, self.table = rank, size, barrier, table
-        self.first = rank == 0
-
-    part = Accelerated.part
-
-    @property
-    def state(self):
-        return SimpleNamespace(process_index=self.rank, num_processes=self.size)
-
-    def exchange(self, value):
-        self.table[self.rank] = value
-        self.barrier.wait()
-        values = copy.deepcopy([self.table[rank] for rank in range(self.size)])
-        self.barrier.wait()
-        return values
-
-    def gather(self, made):
-        return {place: statistics for each in self.exchange(made) for place, statistics in each.items()}
-
-    def agree(self, value):
-        return self.exchange(value)[0]
+from together import run_together
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +28,13 @@ def bank():
 
 def together(bank, size, prepare=lambda rank, pipe: None, **options):
     """What each rank found, or the error that stopped it."""
-    barrier, table, found = threading.Barrier(size, timeout=120), {}, {}
     pipes = [make_pipe() for _ in range(size)]
 
-    def run(rank):
-        try:
-            prepare(rank, pipes[rank])
-            ranks = Together(rank, size, barrier, table)
-            found[rank] = search(DiffusersHost(pipes[rank]), bank, **OPTIONS, **options, processes=ranks)
-        except BaseException as error:  # as a launcher does, that stops all if one fails
-            found[rank] = error
-            if not isinstance(error, SearchError):  # which all of them raise
-                barrier.abort()
+    def run(ranks):
+        prepare(ranks.place[0], pipes[ranks.place[0]])
+        return search(DiffusersHost(pipes[ranks.place[0]]), bank, **OPTIONS, **options, processes=ranks)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[rank] for rank in range(size)]
+    return run_together(size, run)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +84,7 @@ def test_launched_alone_it_is_alone(monkeypatch):
 def test_launched_with_others_it_asks_accelerate(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(SearchError, match="needs accelerate: pip install accelerate"):
+    with pytest.raises(StagePruneError, match="need accelerate: pip install accelerate"):
         processes_here()
     library = ModuleType("accelerate")
     library.PartialState = lambda cpu, timeout: SimpleNamespace(

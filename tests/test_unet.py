@@ -14,7 +14,7 @@ from stageprune import check_slice_equals_mask, find_groups
 from stageprune.core.errors import GroupError
 from stageprune.core.groups import Attribute, Cols, InputSize, Rows, family_of, measure_cost, width_groups
 from stageprune.core.groups.check import masked, sliced
-from stageprune.core.pruning.levels import kept_counts, realised_sparsity
+from stageprune.core.pruning.levels import Widths, kept_counts, realised_sparsity
 from support import same_state, state_of
 
 # Head counts and widths differ from block to block in all of them.
@@ -184,7 +184,7 @@ def test_full_size_models_on_the_meta_device(config, groups, teraflops, near):
     levels = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     for kinds in (("head", "neuron"), ("head", "neuron", "channel")):
         chosen = [group for group in found if group.kind in kinds]
-        kept = kept_counts(chosen, cost, levels, 64)
+        kept = kept_counts(chosen, cost, levels, Widths(64))
         realised = [realised_sparsity(kept, cost, level) for level in range(len(levels))]
         assert realised == pytest.approx(levels, abs=near)
         channels = [kept[group.name] for group in chosen if group.kind == "channel"]
@@ -195,7 +195,7 @@ def test_every_kind_keeps_something():
     """Even at 0.99: a norm without a group, or an attention without a head, would be no layer."""
     denoiser = make("sd15")
     groups = width_groups(find_groups(denoiser))
-    kept = kept_counts(groups, measure_cost(denoiser), (0.0, 0.99), 8)
+    kept = kept_counts(groups, measure_cost(denoiser), (0.0, 0.99), Widths(8))
     assert all(kept[group.name][1] == (8 if group.kind == "neuron" else 1) for group in groups)
     with sliced(denoiser, groups, {group.name: torch.arange(kept[group.name][1]) for group in groups}):
         assert run(denoiser, family_of(denoiser).example_inputs(denoiser)).isfinite().all()

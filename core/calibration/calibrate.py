@@ -15,6 +15,7 @@ from ..errors import CalibrationError
 from ..fingerprint import Fingerprint
 from ..groups import consumer_sites, find_groups, width_groups
 from ..host import Host, Prompt
+from ..processes import Processes, Single, own_file
 from ..schedule import StageSchedule
 from .alpha import Alpha, alpha_name, step_weights
 from .calibration import Calibration
@@ -36,9 +37,12 @@ def calibrate(
     layers: Layers = "consumers",
     skip_blocks: bool = False,
     taylor: float | None = None,
+    tokens: float = 1.0,
+    hessian_budget: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> Calibration:
     """Accumulate the Hessian of every consumer's inputs on dense trajectories, guidance included, without decoding.
 
@@ -57,14 +61,21 @@ def calibrate(
             as many more calls as there are blocks.
         taylor: also score units for method `taylor`, by gradients of the denoising loss on the pipeline's own samples,
             at the steps with at least this share of the largest loss (Diff-Pruning: 0.05). None does not.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random. Less than 1 saves time where
+            layers are wide and tokens many; see the ablations for what it costs.
+        hessian_budget: GiB of Hessians that are held where the denoiser is. What does not fit is summed in further runs
+            over the same prompts. None is one run; on a GPU with too little room the sums are then held by the host,
+            which is slow.
         seed: first seed.
         batch_size: prompts that run together.
         checkpoint: a file that is rewritten after each batch. If it exists and belongs to the same call, the run goes
-            on from there, to the identical result.
+            on from there, to the identical result. Each of several processes has its own beside it.
+        processes: that share the prompts; this one alone by default.
 
     Raises:
-        CalibrationError: no prompts, no such kind of unit or weight, too few data for the Hessians' rank, or a
-            checkpoint of another call.
+        CalibrationError: no prompts, no such kind of unit or weight, too few data for the Hessians' rank, a budget that
+            is too small, or a checkpoint of another call.
+        StagePruneError: another process has ended.
 
     Example:
         >>> calibration = calibrate(host, prompts=[0, 1, 2, 3] * 8, steps=20, checkpoint="calibration.part")
@@ -74,7 +85,9 @@ def calibrate(
     if steps < 1 or batch_size < 1:
         raise CalibrationError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
     schedule = _stages(stages)
-    recorders = Recorders(host, len(schedule.stages), kinds, layers, skip_blocks, taylor)
+    recorders = Recorders(host, len(schedule.stages), kinds, layers, skip_blocks, taylor, tokens)
+    packages = recorders.packages(hessian_budget)
+    processes = processes or Single()
     weights = step_weights(alpha, host.taus(steps))
     provenance = {
         **host.describe(),
@@ -88,20 +101,15 @@ def calibrate(
         "layers": layers,
         "skip_blocks": skip_blocks,
         "taylor": taylor,
+        "tokens": tokens,
+        "hessian_budget": hessian_budget,
         "batch_size": batch_size,
     }
     fingerprint = Fingerprint.of(host.denoiser, list(consumer_sites(width_groups(find_groups(host.denoiser)))))
-    run = _Run(host, recorders, schedule, weights, provenance, fingerprint)
-    done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
-    with progress.bar(len(prompts), "calibrating", "prompt") as bar:
-        bar.update(done)
-        for begin in range(done, len(prompts), batch_size):
-            part = prompts[begin : begin + batch_size]
-            run.batch(part, list(range(seed + begin, seed + begin + len(part))))
-            if checkpoint is not None:
-                run.result(begin + len(part)).save(checkpoint)
-            bar.update(len(part))
-    result = run.result(len(prompts))
+    run = _Run(host, recorders, schedule, weights, provenance, fingerprint, processes.part(len(prompts)))
+    run.go(packages, own_file(Path(checkpoint), processes) if checkpoint is not None else None, processes.first)
+    processes.sum(recorders.sums)
+    result = run.result()
     result.check_rank(per_stage=result.stages > 1)
     return result
 
@@ -125,6 +133,7 @@ class _Run:
         weights: Sequence[float],
         provenance: Mapping[str, Any],
         fingerprint: Fingerprint,
+        share: range,
     ) -> None:
         self.host = host
         self.recorders = recorders
@@ -132,36 +141,55 @@ class _Run:
         self.weights = weights
         self.provenance = provenance
         self.fingerprint = fingerprint
+        self.share = share
 
-    def batch(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
-        """Sample one batch of prompts with the recorder on."""
+    def go(self, packages: Sequence[Sequence[str]], checkpoint: Path | None, shown: bool) -> None:
+        """Run this process's share of the prompts once for each package, from where the checkpoint ends."""
+        done = self.resume(checkpoint) if checkpoint is not None else 0
+        batch_size = self.provenance["batch_size"]
+        work = [(package, begin) for package in packages for begin in self.share[::batch_size]]
+        with progress.bar(len(self.share) * len(packages), "calibrating", "prompt", shown=shown) as bar:
+            for number, (package, begin) in enumerate(work):
+                prompts = range(begin, min(begin + batch_size, self.share.stop))
+                if number >= done:
+                    self.batch(prompts, package, scores=package is packages[0])
+                    if checkpoint is not None:
+                        self.result({"share": [self.share.start, self.share.stop], "done": number + 1}).save(checkpoint)
+                bar.update(len(prompts))
+
+    def batch(self, places: range, layers: Sequence[str], scores: bool) -> None:
+        """Sample the prompts at these places, with the recorders on."""
         host, steps, guidance = self.host, self.provenance["steps"], self.provenance["guidance"]
-        conditions = host.encode(prompts)
+        seeds = [self.provenance["seed"] + place for place in places]
+        conditions = host.encode([self.provenance["prompts"][place] for place in places])
         state = host.start(seeds, steps)
-        with self.recorders.recording():
+        self.recorders.begin(seeds)
+        with self.recorders.recording(layers, scores):
             for tau, weight in zip(host.taus(steps), self.weights, strict=True):
                 self.recorders.at(self.schedule.stage_of(tau), weight, tau)
                 state = host.advance(state, conditions, guidance, state.index + 1)
-        self.recorders.finish(state.latents, seeds)
+        if scores:
+            self.recorders.finish(state.latents, seeds)
 
-    def result(self, done: int) -> Calibration:
-        """What has been accumulated after `done` prompts."""
+    def result(self, progress: Mapping[str, Any] | None = None) -> Calibration:
+        """What has been accumulated; a checkpoint says how far."""
         return Calibration(
             hessians=self.recorders.hessians.hessians,
             rows=self.recorders.hessians.rows,
             edges=tuple(self.schedule.edges),
             fingerprint=self.fingerprint,
-            provenance={**self.provenance, "done": done},
+            provenance={**self.provenance, **(progress or {})},
             shared=self.recorders.shared,
             scores=self.recorders.scores,
         )
 
     def resume(self, checkpoint: Path) -> int:
-        """Load a checkpoint of this very call; the number of prompts that it covers, 0 if there is none."""
+        """Load a checkpoint of this very call; the number of batches that it covers, 0 if there is none."""
         if not checkpoint.exists():
             return 0
         saved = Calibration.load(checkpoint)
         asked = json.loads(json.dumps({**self.provenance, "edges": self.schedule.edges}))
+        asked["share"] = [self.share.start, self.share.stop]
         found = {**saved.provenance, "edges": list(saved.edges)}
         done = int(found.pop("done", 0))
         differing = sorted(key for key in {*asked, *found} if asked.get(key) != found.get(key))
@@ -173,5 +201,5 @@ class _Run:
                 "Delete it, or name another file."
             )
         self.recorders.resume(saved)
-        logger.info("resuming calibration from %s at prompt %d", checkpoint, done)
+        logger.info("resuming calibration from %s after %d batches", checkpoint, done)
         return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..groups.layer import Layer, layer_at, taps_of
+from .packages import device_for
 
 PATCH_NUMBERS = 2**24
 """Most numbers that are unfolded at once (64 MiB in float32), unless one line of places needs more."""
@@ -25,10 +26,14 @@ class HessianRecorder:
         denoiser: the denoiser.
         widths: consumer path -> columns of its matrix (input channels x taps).
         stages: number of stages that are kept apart.
+        tokens: share of each call's inputs that is summed, drawn at random.
     """
 
-    def __init__(self, denoiser: nn.Module, widths: Mapping[str, int], stages: int) -> None:
+    def __init__(self, denoiser: nn.Module, widths: Mapping[str, int], stages: int, tokens: float = 1.0) -> None:
         self.denoiser = denoiser
+        self.widths = widths
+        self.tokens = tokens
+        self.draws = torch.Generator()
         self.hessians = {path: torch.zeros(stages, d + 1, d + 1) for path, d in widths.items()}
         self.rows = {path: torch.zeros(stages, dtype=torch.int64) for path in widths}
         self.stage = 0
@@ -41,7 +46,14 @@ class HessianRecorder:
         if self.alpha == 0:
             return  # inputs that do not count must not count for the rank either
         for rows in design_rows(layer_at(self.denoiser, path), inputs.detach()):
-            self._add_rows(path, rows.float())
+            self._add_rows(path, self._drawn(rows).float())
+
+    def _drawn(self, rows: Tensor) -> Tensor:
+        """Some of the rows, or all."""
+        if self.tokens == 1:
+            return rows
+        count = max(round(len(rows) * self.tokens), 1)
+        return rows[torch.randperm(len(rows), generator=self.draws)[:count].to(rows.device)]
 
     def _add_rows(self, path: str, rows: Tensor) -> None:
         hessian = self.hessians[path][self.stage]
@@ -53,15 +65,30 @@ class HessianRecorder:
         self.rows[path][self.stage] += len(rows)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record every call of the consumers within the block."""
+    def recording(self, paths: Collection[str] | None = None) -> Iterator[None]:
+        """Record every call of these layers within the block; of all by default."""
+        mine = [path for path in self.hessians if paths is None or path in paths]
         with ExitStack() as stack:
-            for path in self.hessians:
+            stack.enter_context(self._near(mine))
+            for path in mine:
                 hook = layer_at(self.denoiser, path).register_forward_pre_hook(
                     lambda _, args, path=path: self.add_batch(path, args[0])
                 )
                 stack.callback(hook.remove)
             yield
+
+    @contextmanager
+    def _near(self, paths: Sequence[str]) -> Iterator[None]:
+        """Hold these sums where they are added to, if there is room."""
+        device = next(self.denoiser.parameters()).device
+        near = device_for(paths, self.widths, len(next(iter(self.rows.values()), ())), device)
+        try:
+            for path in paths:
+                self.hessians[path] = self.hessians[path].to(near)
+            yield
+        finally:
+            for path in paths:
+                self.hessians[path] = self.hessians[path].cpu()
 
 
 def design_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -15,6 +15,7 @@ from ..host import Host
 from .blocks import BlockRecorder
 from .calibration import Calibration
 from .hessian import HessianRecorder
+from .packages import packages
 from .taylor import TaylorRecorder
 
 Layers = Literal["consumers", "all"]
@@ -30,6 +31,7 @@ class Recorders:
         layers: whose inputs.
         skip_blocks: see `BlockRecorder`.
         taylor: threshold of a `TaylorRecorder`; none by default.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random.
 
     Raises:
         CalibrationError: an argument is out of range.
@@ -43,12 +45,16 @@ class Recorders:
         layers: Layers,
         skip_blocks: bool,
         taylor: float | None = None,
+        tokens: float = 1.0,
     ) -> None:
+        if not 0 < tokens <= 1:
+            raise CalibrationError(f"`tokens` must be a share of each call's inputs in (0, 1], got {tokens}.")
         groups = _of_kinds(find_groups(host.denoiser), kinds)
         held = _held(host, width_groups(groups), layers)
         widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in dict.fromkeys(held.values())}
+        self.stages = stages
         self.shared = {path: leader for path, leader in held.items() if path != leader}
-        self.hessians = HessianRecorder(host.denoiser, widths, stages)
+        self.hessians = HessianRecorder(host.denoiser, widths, stages, tokens)
         whole = [group for group in groups if group.kind == "block"]
         if skip_blocks and not whole:
             raise CalibrationError('`skip_blocks` scores whole blocks: calibrate with `kinds` that hold "block".')
@@ -58,6 +64,14 @@ class Recorders:
         widths_too = width_groups(groups) if taylor is not None else []
         self.taylor = [TaylorRecorder(host, widths_too, stages, taylor)] if taylor is not None and widths_too else []
         self._all: list[HessianRecorder | BlockRecorder | TaylorRecorder] = [self.hessians, *self.blocks, *self.taylor]
+
+    def packages(self, budget: float | None) -> list[list[str]]:
+        """Layers whose Hessians are summed together (see `packages`)."""
+        return packages(self.hessians.widths, self.stages, budget)
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """Trajectories with these seeds follow."""
+        self.hessians.draws.manual_seed(seeds[0])
 
     def at(self, stage: int, alpha: float, tau: float) -> None:
         """The next calls belong to this stage and count this much."""
@@ -72,12 +86,23 @@ class Recorders:
             recorder.finish(samples, seeds)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record every call within the block."""
+    def recording(self, layers: Collection[str], scores: bool) -> Iterator[None]:
+        """Record every call within the block.
+
+        Args:
+            layers: whose inputs.
+            scores: of units and whole blocks too.
+        """
         with ExitStack() as stack:
-            for recorder in self._all:
+            stack.enter_context(self.hessians.recording(layers))
+            for recorder in self._all[1:] if scores else ():
                 stack.enter_context(recorder.recording())
             yield
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """Every table that is summed over prompts."""
+        return [*self.hessians.hessians.values(), *self.hessians.rows.values(), *self.scores.values()]
 
     @property
     def scores(self) -> Mapping[str, Tensor]:

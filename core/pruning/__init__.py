@@ -4,6 +4,7 @@ from .bank import Bank, Consumer, ConsumerKey, fingerprint_of
 from .layer_allocation import LayerAllocation
 from .levels import DEFAULT_LEVELS, realised_sparsity
 from .methods import methods, register_method
+from .predecessors import Predecessors
 from .prune import prune
 from .sparse import NM, Pattern, Share, parse_pattern, sparsify
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConsumerKey",
     "LayerAllocation",
     "Pattern",
+    "Predecessors",
     "Share",
     "fingerprint_of",
     "methods",

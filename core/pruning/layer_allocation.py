@@ -1,4 +1,4 @@
-"""Measuring what each group is worth to the denoiser's output, and dividing every level among the groups by it."""
+"""Measuring what each group is worth to the samples, and dividing every level among the groups by it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..groups.layer import layer_at
 from ..host import Host
 from .bank import Consumer, ConsumerKey
 from .layerwise import POWERS, UNIFORM, Sensitivity, choose, grid_counts, spread
+from .levels import Widths
 from .replay import Replay
 from .solver import Solver, widened
 
@@ -70,47 +71,46 @@ def allocate_layers(
     orders: Mapping[str, Tensor],
     cost: DenoiserCost,
     sparsities: Sequence[float],
-    multiple: int,
+    widths: Widths,
     uniform: Counts,
     replay: Replay,
 ) -> LayerPlan:
     """Divide every level among the groups: by the sensitivities of the groups, adding errors up in two ways, or one
-    share for all; whichever the denoiser's output bears best with all groups pruned together.
+    share for all; whichever the samples bear best with all groups pruned together.
 
     Args:
         solver: makes consumers.
         orders: group name -> its pooled order.
         cost: MACs of the denoiser.
         sparsities: of the levels, rising, the first 0.
-        multiple: neurons are kept in multiples of this.
+        widths: which are allowed.
         uniform: kept units with one share for all.
-        replay: measures the output.
+        replay: measures errors.
     """
-    sensitivity = measure_sensitivity(solver, orders, multiple, replay)
+    consumers = dict(_consumers(solver, orders, uniform))
+    middle = max(len(sparsities) // 2, 1)
+    replay.weigh(_widened(solver, orders, uniform, consumers, middle))
+    errors = {UNIFORM: _errors(solver, orders, uniform, consumers, replay)}
     candidates: dict[str, Counts] = {UNIFORM: uniform}
-    for name, power in POWERS.items():
-        candidates[name] = spread(solver.groups, cost, sparsities, sensitivity, power, multiple)
-    errors: dict[str, list[float]] = {}
-    consumers: dict[ConsumerKey, Consumer] = {}
-    for name in progress.track(candidates, "comparing layer allocations"):
-        made = dict(_consumers(solver, orders, candidates[name]))
-        errors[name] = [
-            replay.error(_widened(solver, orders, candidates[name], made, level)) for level in range(1, len(sparsities))
-        ]
+    sensitivity = measure_sensitivity(solver, orders, widths, replay)
+    for name, power in progress.track(POWERS.items(), "comparing layer allocations"):
+        counts = spread(solver.groups, cost, sparsities, sensitivity, power, widths)
+        made = dict(_consumers(solver, orders, counts))
+        candidates[name], errors[name] = counts, _errors(solver, orders, counts, made, replay)
         if choose(errors) == name:  # only the best so far is held: consumers are a good part of the model
             consumers = made
     best = choose(errors)
-    logger.info("layers divided by %s; errors of the output: %s", best, errors)
+    logger.info("layers divided by %s; errors of the samples: %s", best, errors)
     record = {"layer_allocation": best, "layer_errors": {name: [*map(_short, each)] for name, each in errors.items()}}
     return LayerPlan(dict(candidates[best]), consumers, record)
 
 
-def measure_sensitivity(solver: Solver, orders: Mapping[str, Tensor], multiple: int, replay: Replay) -> Sensitivity:
-    """What the denoiser's output loses when one group alone keeps fewer units, its consumers compensated.
+def measure_sensitivity(solver: Solver, orders: Mapping[str, Tensor], widths: Widths, replay: Replay) -> Sensitivity:
+    """What the samples lose when one group alone keeps fewer units, its consumers compensated.
 
     Arguments as for `allocate_layers`.
     """
-    counts = {group.name: grid_counts(group, multiple) for group in solver.groups}
+    counts = {group.name: grid_counts(group, widths) for group in solver.groups}
     errors = {
         group.name: (0.0, *_errors_alone(solver, orders, group, counts[group.name], replay))
         for group in progress.track(solver.groups, "measuring layers")
@@ -121,12 +121,24 @@ def measure_sensitivity(solver: Solver, orders: Mapping[str, Tensor], multiple: 
 def _errors_alone(
     solver: Solver, orders: Mapping[str, Tensor], group: Group, counts: tuple[int, ...], replay: Replay
 ) -> Iterator[float]:
-    """Error of the output with one group at each of `counts` but the first, the others whole."""
+    """Error with one group at each of `counts` but the first, the others whole."""
     alone = {other.name: (other.size,) * len(counts) for other in solver.groups} | {group.name: counts}
     paths = [consumer.path for consumer in group.consumers]
     made = dict(_consumers(solver, orders, alone, paths))
     for level in range(1, len(counts)):
         yield replay.error(_widened(solver, orders, alone, made, level, paths))
+
+
+def _errors(
+    solver: Solver,
+    orders: Mapping[str, Tensor],
+    counts: Counts,
+    consumers: Mapping[ConsumerKey, Consumer],
+    replay: Replay,
+) -> list[float]:
+    """Error of every level above 0, all groups pruned."""
+    levels = len(next(iter(counts.values())))
+    return [replay.error(_widened(solver, orders, counts, consumers, level)) for level in range(1, levels)]
 
 
 def _consumers(

@@ -1,7 +1,7 @@
-"""Per-layer allocation inside a level: each group gives up what the denoiser's output can best spare.
+"""Per-layer allocation inside a level: each group gives up what the samples can best spare.
 
 The same share in every group is what OBS-Diff does, and what local losses of the layers did not improve on. What does
-is the loss at the *end* of the network: prune one group alone, and see how much the denoiser's output changes.
+is the loss at the *end*: prune one group alone, and see how far the samples move.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..groups import DenoiserCost, Group
+from .levels import DEFAULT_WIDTHS, Widths
 
 GRID = (0.125, 0.25, 0.5, 0.75, 0.875)
 """Shares of a group's units that are removed to measure it; between them errors are interpolated."""
@@ -25,11 +26,11 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the denoiser's output loses when one group alone keeps fewer units.
+    """What the samples lose when one group alone keeps fewer units.
 
     Args:
         counts: group name -> kept units, falling from all of them.
-        errors: group name -> relative squared error of the output at each of these counts; the first is 0.
+        errors: group name -> mean squared error of the samples at each of these counts; the first is 0.
     """
 
     counts: Mapping[str, tuple[int, ...]]
@@ -45,17 +46,11 @@ class _Step(NamedTuple):
     until: int  # kept units at the end
 
 
-def grid_counts(group: Group, multiple: int) -> tuple[int, ...]:
-    """Kept units at which a group is measured, falling from all of them; neurons in multiples of `multiple`."""
-    least = least_count(group, multiple)
-    unit = multiple if group.kind == "neuron" else 1
+def grid_counts(group: Group, widths: Widths) -> tuple[int, ...]:
+    """Kept units at which a group is measured, falling from all of them to the least."""
+    unit, least = widths.unit(group), widths.least(group)
     rounded = (max(round(group.size * (1 - share) / unit) * unit, least) for share in GRID)
-    return tuple(sorted({group.size, *rounded}, reverse=True))
-
-
-def least_count(group: Group, multiple: int) -> int:
-    """Units that stay in any case."""
-    return min(multiple, group.size) if group.kind == "neuron" else 1
+    return tuple(sorted({group.size, *(count for count in rounded if count < group.size)}, reverse=True))
 
 
 def spread(
@@ -64,7 +59,7 @@ def spread(
     sparsities: Sequence[float],
     sensitivity: Sensitivity,
     power: float = 1.0,
-    multiple: int = 64,
+    widths: Widths = DEFAULT_WIDTHS,
 ) -> dict[str, tuple[int, ...]]:
     """Kept units of each group at each level, so that the sum of errors is least: always the removal with the least
     error per MAC next, along the lower convex hull of each group's errors.
@@ -78,10 +73,10 @@ def spread(
         sparsities: level sparsities, rising, the first 0.
         sensitivity: of the groups.
         power: errors are added up as `error ** power`.
-        multiple: neurons go in multiples of this.
+        widths: which are allowed.
     """
     steps = sorted(step for group in groups for step in _steps(group, cost.units[group.name], sensitivity, power))
-    units = {group.name: multiple if group.kind == "neuron" else 1 for group in groups}
+    units = {group.name: widths.unit(group) for group in groups}
     now = {group.name: group.size for group in groups}
     total = sum(cost.units[group.name] * group.size for group in groups)
     kept: dict[str, list[int]] = {group.name: [] for group in groups}
@@ -162,7 +157,7 @@ def choose(errors: Mapping[str, Sequence[float]]) -> str:
     """The candidate whose levels err least, by the geometric mean of their measured errors.
 
     Args:
-        errors: candidate -> error of the denoiser's output at each level above 0, with all groups pruned.
+        errors: candidate -> error of the samples at each level above 0, with all groups pruned.
     """
     means = {name: sum(math.log(max(error, 1e-30)) for error in each) / len(each) for name, each in errors.items()}
     return min(means, key=lambda name: (means[name], name))

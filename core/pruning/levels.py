@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -12,6 +14,53 @@ from ..errors import BankError
 from ..groups import DenoiserCost, Group
 
 DEFAULT_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Which widths groups may have.
+
+    Args:
+        multiple: neurons are kept in multiples of this (what matrix hardware likes).
+        minimum: share of each group's units that stays at every level; one unit, or one multiple of neurons, always
+            does.
+        shares: unit kind -> how much of a level it takes, relative to the other kinds: `{"head": 0.5}` takes half as
+            large a share of the heads as of the rest. 1 for kinds that are not named, 0 leaves a kind alone.
+
+    Raises:
+        BankError: a value is out of range.
+    """
+
+    multiple: int = 64
+    minimum: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise BankError(f"`multiple` must be at least 1, got {self.multiple}.")
+        if not 0 <= self.minimum <= 1:
+            raise BankError(f"`minimum` must be a share of each group's units in [0, 1], got {self.minimum}.")
+        wrong = {kind: share for kind, share in self.shares.items() if not (math.isfinite(share) and share >= 0)}
+        if wrong:
+            raise BankError(f"`shares` must be finite numbers of at least 0, got {wrong}.")
+
+    def check_kinds(self, kinds: Collection[str]) -> None:
+        """BankError if `shares` names a kind that is not pruned."""
+        for kind in self.shares:
+            if kind not in kinds:
+                raise BankError(f"`shares` names {kind!r}, but the kinds that are pruned are {sorted(kinds)}.")
+
+    def unit(self, group: Group) -> int:
+        """Units of a group that go together."""
+        return self.multiple if group.kind == "neuron" else 1
+
+    def least(self, group: Group) -> int:
+        """Units that stay in any case."""
+        unit = self.unit(group)
+        return min(max(math.ceil(self.minimum * group.size / unit), 1) * unit, group.size)
+
+
+DEFAULT_WIDTHS = Widths()
 
 
 def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
@@ -26,7 +75,7 @@ def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
 
 
 def kept_counts(
-    groups: Sequence[Group], cost: DenoiserCost, sparsities: Sequence[float], multiple: int = 64
+    groups: Sequence[Group], cost: DenoiserCost, sparsities: Sequence[float], widths: Widths = DEFAULT_WIDTHS
 ) -> dict[str, tuple[int, ...]]:
     """Kept units of each group at each level.
 
@@ -40,25 +89,30 @@ def kept_counts(
         groups: heads, neurons and channels to prune (whole blocks are kept).
         cost: MACs of the denoiser.
         sparsities: level sparsities, rising, the first 0.
-        multiple: neurons are kept in multiples of this (what matrix hardware likes), at least one multiple.
+        widths: which are allowed.
     """
-    if multiple < 1:
-        raise BankError(f"`multiple` must be at least 1, got {multiple}.")
     coarse = [group for group in groups if group.kind in ("head", "channel")]
     neurons = [group for group in groups if group.kind == "neuron"]
     kept: dict[str, list[int]] = {group.name: [] for group in (*coarse, *neurons)}
     neuron_macs = sum(cost.units[group.name] * group.size for group in neurons)
     total = neuron_macs + sum(cost.units[group.name] * group.size for group in coarse)
+    weights = {group.name: widths.shares.get(group.kind, 1.0) for group in (*coarse, *neurons)}
+    weighted = sum(weights[group.name] * cost.units[group.name] * group.size for group in (*coarse, *neurons))
+    if weights and weighted == 0:
+        raise BankError(f"`shares` leaves every kind alone: {dict(widths.shares)}.")
     for sparsity in sparsities:
         removed = 0
         for group in coarse:
-            count = _clamp(round(group.size * (1 - sparsity)), 1, group.size)
+            gone = sparsity * weights[group.name] * total / weighted
+            count = _clamp(round(group.size * (1 - gone)), widths.least(group), group.size)
             kept[group.name].append(count)
             removed += cost.units[group.name] * (group.size - count)
         share = min(max((sparsity * total - removed) / neuron_macs, 0.0), 1.0) if neurons and sparsity else 0.0
         for group in neurons:
-            count = _clamp(round(group.size * (1 - share) / multiple) * multiple, min(multiple, group.size), group.size)
-            kept[group.name].append(count if share else group.size)  # a width need not be a multiple itself
+            count = round(group.size * (1 - share) / widths.multiple) * widths.multiple
+            count = _clamp(count, widths.least(group), group.size)
+            free = share and weights[group.name]
+            kept[group.name].append(count if free else group.size)  # a width need not be a multiple itself
     # A higher level never keeps more, whatever the rounding of coarse counts asked of the neurons.
     return {name: tuple(min(counts[: i + 1]) for i in range(len(counts))) for name, counts in kept.items()}
 
@@ -90,6 +144,26 @@ def select_groups(groups: Sequence[Group], kinds: Collection[str]) -> list[Group
     if unknown or not kinds:
         raise BankError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
     return [group for group in groups if group.kind in kinds]
+
+
+def leave_out(groups: Sequence[Group], keep_dense: Sequence[str]) -> list[Group]:
+    """The groups whose names match none of these.
+
+    Args:
+        groups: heads, neurons, channels or whole blocks.
+        keep_dense: names, or wildcards such as `blocks.0.*`.
+
+    Raises:
+        BankError: one matches no group, or nothing is left.
+    """
+    names = [group.name for group in groups]
+    useless = [pattern for pattern in keep_dense if not any(fnmatchcase(name, pattern) for name in names)]
+    if useless:
+        raise BankError(f"`keep_dense` {useless[0]!r} matches none of the groups, which are {', '.join(names)}.")
+    left = [group for group in groups if not any(fnmatchcase(group.name, pattern) for pattern in keep_dense)]
+    if not left:
+        raise BankError(f"`keep_dense` {list(keep_dense)} leaves nothing to prune.")
+    return left
 
 
 def _clamp(value: int, low: int, high: int) -> int:

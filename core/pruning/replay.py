@@ -1,38 +1,41 @@
-"""Dense denoiser calls, made again with other consumers: how much of the output do they change?"""
+"""Single steps of dense trajectories, made again with other consumers: how much would that change the final sample?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BankError
 from ..groups.layer import layer_at
-from ..host import Host, Prompt
+from ..host import Host, Prompt, SamplerState
 from .bank import Consumer
 
 
-class _Call(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Tensor
+class _Step(NamedTuple):
+    """One denoiser call of a dense trajectory, guidance and the sampler's update included."""
+
+    before: SamplerState
+    after: Tensor
 
 
 class Replay:
-    """Denoiser calls of dense trajectories, at noise levels spread evenly over the sampler's steps.
+    """Steps of dense trajectories, at noise levels spread evenly over the sampler's.
 
-    The inputs stay the dense ones, so that an error is what the change itself costs: smooth in the number of units, and
-    reliable with a handful of prompts, which the distance between whole trajectories is not.
+    A step is made again from the dense state before it, so that its error is what the change itself costs: smooth in
+    the number of units, and reliable with a handful of prompts, which the distance between whole trajectories is not.
+    It is taken after guidance and the sampler's update. What it still means at the end differs from step to step, and
+    is measured once, for one change (`weigh`).
 
     Args:
         host: the pipeline, dense.
         prompts: of the trajectories.
         seed: of the first; each prompt has the next one.
         steps: sampling steps.
-        guidance: guidance scale; both passes count.
+        guidance: guidance scale.
         noise_levels: how many.
 
     Raises:
@@ -42,41 +45,51 @@ class Replay:
     def __init__(
         self, host: Host, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float, noise_levels: int
     ) -> None:
-        self.denoiser = host.denoiser
-        total = len(host.taus(steps))
-        wanted = {int((place + 0.5) * total / noise_levels) for place in range(min(noise_levels, total))}
-        conditions, state = host.encode(prompts), host.start(range(seed, seed + len(prompts)), steps)
-        self.calls: list[_Call] = []
-        for index in range(max(wanted, default=-1) + 1):
-            with self._recording(index in wanted):
-                state = host.advance(state, conditions, guidance, index + 1)
-        if not self.calls or not all(bool(torch.isfinite(call.output).all()) for call in self.calls):
-            raise BankError("the dense denoiser's output is not finite, so nothing can be compared with it.")
+        self.host = host
+        self.guidance = guidance
+        self.total = len(host.taus(steps))
+        places = {int((place + 0.5) * self.total / noise_levels) for place in range(min(noise_levels, self.total))}
+        self.conditions, state = host.encode(prompts), host.start(range(seed, seed + len(prompts)), steps)
+        self.steps: list[_Step] = []
+        for index in sorted(places):
+            before = self._advance(state, index)
+            state = self._advance(before, index + 1)
+            self.steps.append(_Step(before, state.latents))
+        self.final = self._advance(state, self.total).latents
+        if not self.steps or not bool(torch.isfinite(self.final).all()):
+            raise BankError("the dense denoiser's samples are not finite, so nothing can be compared with them.")
+        self.weights = [1.0] * len(self.steps)
+
+    def weigh(self, consumers: Mapping[str, Consumer]) -> None:
+        """From here on, count each step by how much an error there still means at the end: make it with `consumers`,
+        go on with the dense denoiser, and divide the squared error of the final sample by that of the step.
+
+        Args:
+            consumers: as in `error`; of about the sparsity that is of interest.
+        """
+        self.weights = []
+        for step in self.steps:
+            with replaced(self.host.denoiser, consumers):
+                state = self._advance(step.before, step.before.index + 1)
+            error = _squared(state.latents, step.after)
+            final = _squared(self._advance(state, self.total).latents, self.final)
+            self.weights.append(final / error if error else 0.0)
 
     def error(self, consumers: Mapping[str, Consumer]) -> float:
-        """Squared change of the output over its squared size, mean of all calls.
+        """Mean squared error of the final sample that these consumers would cause, if the errors of its steps were
+        independent.
 
         Args:
             consumers: path -> weight and bias in the dense layer's shape. A bias is left out where the layer has none.
         """
-        with replaced(self.denoiser, consumers):
-            return sum(self._change(call) for call in self.calls) / len(self.calls)
+        with replaced(self.host.denoiser, consumers):
+            remade = [self._advance(step.before, step.before.index + 1).latents for step in self.steps]
+        errors = [_squared(latents, step.after) for latents, step in zip(remade, self.steps, strict=True)]
+        weighted = sum(weight * error for weight, error in zip(self.weights, errors, strict=True))
+        return weighted * self.total / len(self.steps)
 
-    def _change(self, call: _Call) -> float:
-        output = self.denoiser(*call.args, **call.kwargs)[0]
-        return float((output - call.output).double().square().sum() / call.output.double().square().sum())
-
-    @contextmanager
-    def _recording(self, on: bool) -> Iterator[None]:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.calls.append(_Call(_cloned(args), _cloned(kwargs), output[0].clone()))
-
-        hook = self.denoiser.register_forward_hook(record, with_kwargs=True) if on else None
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
+    def _advance(self, state: SamplerState, until: int) -> SamplerState:
+        return self.host.advance(state, self.conditions, self.guidance, until)
 
 
 @contextmanager
@@ -96,10 +109,5 @@ def replaced(denoiser: nn.Module, consumers: Mapping[str, Consumer]) -> Iterator
             parameter.data = data
 
 
-def _cloned(value: Any) -> Any:
-    """A copy that a sampler cannot write into."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: _cloned(each) for name, each in value.items()}
-    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
+def _squared(latents: Tensor, reference: Tensor) -> float:
+    return float((latents.double() - reference.double()).square().mean())

@@ -1,6 +1,5 @@
 """Evolutionary search over the levels of all stages, on any fitness."""
 
-from .distributed import processes_here
 from .fitness import FITNESS, Fitness, Outcome, register_fitness
 from .initial import INITIALS
 from .result import Cost, Finalist, Generation, SearchResult
@@ -18,7 +17,6 @@ __all__ = [
     "Round",
     "SearchResult",
     "SearchSettings",
-    "processes_here",
     "register_fitness",
     "search",
 ]

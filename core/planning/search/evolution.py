@@ -16,6 +16,7 @@ from typing import Any
 
 from ... import progress
 from ...errors import SearchError
+from ...processes import Processes
 from ...schedule import StageSchedule
 from ..allocation import Request
 from ..sampling import Sampling
@@ -25,7 +26,6 @@ from .ledger import Ledger
 from .metered import MeteredHost
 from .mutation import TRIES, mutate
 from .probes import Block, blocks_of
-from .processes import Processes
 from .result import Finalist, Generation, SearchResult
 from .selection import Selection, probe_counts
 from .settings import SearchSettings

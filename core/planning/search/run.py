@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import SearchError
 from ...host import Host, Prompt
+from ...processes import Processes, Single
 from ...pruning import Bank
 from ...runtime import applied
 from ...schedule import StageSchedule, Target
@@ -29,7 +30,6 @@ from .identity import identity_of
 from .initial import Init, check_init
 from .ledger import Ledger
 from .probes import split
-from .processes import Processes, Single
 from .result import SearchResult
 from .selection import probe_counts
 from .settings import SearchSettings

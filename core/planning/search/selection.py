@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
+from ...processes import Processes
 from .fitness import Fitness
 from .ledger import Ledger
-from .processes import Processes
 from .settings import SearchSettings
 from .space import Genome
 from .trajectories import Trajectories

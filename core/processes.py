@@ -1,8 +1,9 @@
-"""Processes that share the work of a search. Each holds all of its state, and makes the same decisions."""
+"""Processes that share work. Each holds a whole pipeline, and ends with the same result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -11,15 +12,19 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """What a search needs of them."""
+    """What sharing work needs of them."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that reads and writes files."""
+        """Whether this is the one that writes results."""
 
     @property
     def device(self) -> str:
         """Where this process's pipeline belongs: a torch device, or `auto`."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of how many it is, counted from 0."""
 
     def part(self, count: int) -> range:
         """Which of `count` pieces of work are this process's."""
@@ -30,12 +35,16 @@ class Processes(Protocol):
     def agree(self, value: T) -> T:
         """The first process's value, in all of them."""
 
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Make each of these tensors the sum of all processes', in place."""
+
 
 class Single:
     """One process, which does all."""
 
     first = True
     device = "auto"
+    place = (0, 1)
 
     def part(self, count: int) -> range:
         """All."""
@@ -48,3 +57,12 @@ class Single:
     def agree(self, value: T) -> T:
         """It is the only one."""
         return value
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """They are the sums."""
+
+
+def own_file(path: Path, processes: Processes) -> Path:
+    """A name of this process's own for a file that each writes; `path` itself if there is but one."""
+    rank, size = processes.place
+    return path if size == 1 else path.with_name(f"{path.name}.{rank + 1}-of-{size}")

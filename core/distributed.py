@@ -1,16 +1,16 @@
-"""Processes of `accelerate launch` or `torchrun`, on one machine or several, that share a search."""
+"""Processes of `accelerate launch` or `torchrun`, on one machine or several, that share a calibration or a search."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import SearchError
+from .errors import StagePruneError
 from .processes import Processes, Single, T
 
 _PATIENCE = timedelta(hours=12)
@@ -20,11 +20,11 @@ _PATIENCE = timedelta(hours=12)
 class Accelerated:
     """Processes that found each other through accelerate. All run alike hardware, and each holds a whole pipeline.
 
-    Candidates of a round are divided among them, those that share a prefix together; their results go to all. So every
-    process makes every decision by itself, and the result is that of one process. Only the first reads and writes
-    files, so that machines need not share a disk: on each of two, `accelerate launch --num_machines 2 --machine_rank 0
-    (or 1) --main_process_ip ... -m stageprune search ...`. If one process is killed the launcher stops all; the same
-    command goes on, with any number of processes.
+    Of a calibration each runs its share of the prompts, and their sums are added up at the end. Of a search, each takes
+    its share of a round's candidates, those with a common prefix together; all results go to all, so every process
+    makes every decision by itself. Machines need not share a disk: on each of two, `accelerate launch --num_machines 2
+    --machine_rank 0 (or 1) --main_process_ip ... -m stageprune calibrate ...`. If one process is killed the launcher
+    stops all, and the same command goes on.
 
     Args:
         state: an `accelerate.PartialState`.
@@ -35,7 +35,7 @@ class Accelerated:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files."""
+        """Whether this is the one that writes results."""
         return bool(self.state.is_main_process)
 
     @property
@@ -43,9 +43,14 @@ class Accelerated:
         """Where this process's pipeline belongs."""
         return str(self.state.device)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its rank, and the number of processes."""
+        return self.state.process_index, self.state.num_processes
+
     def part(self, count: int) -> range:
         """One of as many runs of neighbours as there are processes."""
-        rank, size = self.state.process_index, self.state.num_processes
+        rank, size = self.place
         return range(rank * count // size, (rank + 1) * count // size)
 
     def gather(self, made: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -61,17 +66,34 @@ class Accelerated:
         agreed: T = broadcast_object_list([value])[0]
         return agreed
 
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Add up one tensor after the other, where the processes' pipelines are.
+
+        Raises:
+            StagePruneError: another process has ended.
+        """
+        from accelerate.utils import reduce  # noqa: PLC0415  (an extra)
+
+        for tensor in tensors:
+            try:
+                tensor.copy_(reduce(tensor.to(self.state.device), "sum"))
+            except RuntimeError as error:
+                raise StagePruneError(
+                    f"another process of this run has ended or cannot be reached ({error}). Run the same command "
+                    "again: it goes on from the checkpoints."
+                ) from error
+
 
 def processes_here() -> Processes:
     """Those that this process was launched with; this one alone if it was launched by itself.
 
     Raises:
-        SearchError: it was launched with others, and accelerate is not installed.
+        StagePruneError: it was launched with others, and accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Single()
     try:
         from accelerate import PartialState  # noqa: PLC0415  (an extra)
     except ImportError:
-        raise SearchError("a search in several processes needs accelerate: pip install accelerate.") from None
+        raise StagePruneError("several processes need accelerate: pip install accelerate.") from None
     return Accelerated(PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE))

@@ -1,0 +1,209 @@
+"""One lever of the engine at a time, all others as by default: what each does to the error.
+
+    python benchmarks/ablations.py                # all three demos
+    python benchmarks/ablations.py dit-digits --only damping
+
+The same level at all steps, three calibrations with seeds of their own, each judged on images of its own; a variant is
+compared with the default seed by seed. Writes results/ablations-<demo>.json after every row, from which it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stageprune
+from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from levers import corrected_output, guided_rows, unbiased
+from stageprune.core.calibration import Calibration
+from stageprune.core.errors import CalibrationError
+from stageprune.core.groups import find_groups, measure_cost
+from stageprune.core.pruning import Bank
+from stageprune.core.runtime import applied
+from stageprune.core.schedule import StageSchedule
+
+TARGETS = (0.67, 0.5)
+STEPS, COUNT, SETS, PROMPTS = 20, 20, 3, 60
+FIRST_SEED = 500_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one row differs from the default.
+
+    Args:
+        calibrate: options of `calibrate`.
+        prune: options of `prune`.
+        recording: entered while calibrating, given the demo's name.
+        change: what is done to the calibration.
+        running: entered around the images, given the demo, the bank and the level.
+        demos: where it makes sense.
+    """
+
+    calibrate: dict[str, Any] = field(default_factory=dict)
+    prune: dict[str, Any] = field(default_factory=dict)
+    recording: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+    change: Callable[[Calibration], Calibration] = lambda calibration: calibration
+    running: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext()
+    demos: tuple[str, ...] = DEMOS
+
+
+STAGES = {"stages": 5}
+GUIDED = ("dit-digits", "sdxl-shapes")
+JOINT = ("flux-shapes",)
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "default": {"default": Variant()},
+    "layers": {
+        "the same share in every layer": Variant(prune={"layer_allocation": "uniform"}),
+        "measured with 1 prompt": Variant(prune={"layer_prompts": 1}),
+        "measured with 16 prompts": Variant(prune={"layer_prompts": 16}),
+    },
+    "sharing": {
+        "consumers per stage": Variant(STAGES, {"consumers": "stage"}),
+        "order and consumers per stage": Variant(STAGES, {"order": "stage"}),
+    },
+    "predecessors": {
+        "pruned, in one package": Variant(prune={"predecessors": "pruned"}),
+        "pruned, layer after layer": Variant(prune={"predecessors": "pruned", "hessian_budget": "least"}),
+    },
+    "bias": {"no bias column": Variant(change=unbiased)},
+    "damping": {f"{damping:g}": Variant(prune={"damping": damping}) for damping in (0.0001, 0.001, 0.1)},
+    "alpha": {
+        name: Variant({"alpha": name})
+        for name in ("log-decrease", "log-increase", "linear-decrease", "linear-increase")
+    },
+    "prompts": {f"{count}": Variant({"count": count}) for count in (8, 16, 32, 128, 256, 512)},
+    "tokens": {f"{share:g} of them": Variant({"tokens": share}) for share in (0.5, 0.25, 0.1)},
+    "multiple": {f"{multiple}": Variant(prune={"multiple": multiple}) for multiple in (1, 32, 64)},
+    "heads": {"Cholesky diagonal, as OBS-Diff's code": Variant(prune={"method": "obs-diagonal"})},
+    "joint attention": {
+        "losses over each stream's energy": Variant(prune={"method": "obs-normalised"}, demos=JOINT),
+        "ranks of both streams fused, as OBS-Diff": Variant(prune={"method": "obs-fused-ranks"}, demos=JOINT),
+    },
+    "guidance": {
+        "passes weighted as guidance uses them": Variant(recording=guided_rows, demos=GUIDED),
+    },
+    "output": {"scale and shift per stage and channel": Variant(running=corrected_output)},
+}
+"""Lever -> name of a variant -> how it differs from the default."""
+
+
+def main() -> None:
+    """All rows that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="levers")
+    options = parser.parse_args()
+    for name in options.demos:
+        Runner(name).run(options.only)
+
+
+class Runner:
+    """One demo: dense images, calibrations and rows."""
+
+    def __init__(self, name: str) -> None:
+        self.demo = Subject(name)
+        path = RESULTS / f"ablations-{name}.json"
+        fresh = {"demo": name, "images": COUNT, "sets": SETS, "steps": STEPS, "prompts": PROMPTS, "rows": {}}
+        done = json.loads(path.read_text()) if path.exists() else {}
+        same = all(done.get(key) == value for key, value in fresh.items() if key != "rows")
+        self.data = done if same else fresh
+        self.cost = measure_cost(self.demo.host.denoiser, size=self.demo.host.input_size)
+        self.dense = [self.sample(index) for index in range(SETS)]
+        self.known: dict[int, Calibration] = {}
+
+    def run(self, levers: list[str]) -> None:
+        """Rows of these levers; the default first, with which all are compared."""
+        for lever in dict.fromkeys(["default", *levers]):
+            for name, variant in VARIANTS[lever].items():
+                key = f"{lever}/{name}"
+                if key in self.data["rows"] or self.demo.name not in variant.demos:
+                    continue
+                try:
+                    row = self.row(variant)
+                except CalibrationError as error:  # too few prompts for the rank of a Hessian
+                    row = {"refused": str(error)}
+                self.data["rows"][key] = row
+                write_results(f"ablations-{self.demo.name}", self.data)
+                if "refused" in row:
+                    print(self.demo.name, key, row["refused"], flush=True)
+                    continue
+                base = self.data["rows"]["default/default"]
+                told = [f"{t}: {row[str(t)]['mean']:.4f} ({_ratio(row, base, t):.2f} of the default)" for t in TARGETS]
+                print(self.demo.name, key, *told, f"{row['seconds']:.0f} s", flush=True)
+
+    def row(self, variant: Variant) -> dict[str, Any]:
+        """Errors of a variant, set by set."""
+        started = time.perf_counter()
+        errors: dict[float, list[float]] = {target: [] for target in TARGETS}
+        for index in range(SETS):
+            with variant.recording(self.demo.name):
+                calibration = variant.change(self.calibration(variant, index))
+            bank = self.bank(variant, calibration)
+            with applied(self.demo.host, bank) as pruner:
+                for target, level in zip(TARGETS, bank.sparsities[1:], strict=True):
+                    with variant.running(self.demo, pruner, level, calibration):
+                        pruner.schedule = StageSchedule.from_levels([level] * bank.stages, bank.edges[1:-1])
+                        made = self.sample(index)
+                    errors[target].append(float((made - self.dense[index]).square().mean()))
+        macs = [bank.macs(self.cost)[level] / self.cost.dense for level in bank.sparsities[1:]]
+        row = {
+            str(target): {**mean_and_spread(each), "sets": each, "macs": share}
+            for (target, each), share in zip(errors.items(), macs, strict=True)
+        }
+        return {**row, "seconds": time.perf_counter() - started}
+
+    def bank(self, variant: Variant, calibration: Calibration) -> Bank:
+        """Of two levels, which execute the targets' MACs."""
+        recipe, options = self.demo.recipe, dict(variant.prune)
+        groups = [group for group in find_groups(self.demo.host.denoiser) if group.kind in recipe.kinds]
+        prunable = sum(self.cost.units[group.name] * group.size for group in groups) / self.cost.dense
+        given: dict[str, Any] = {"multiple": recipe.multiple, "kinds": recipe.kinds, **options}
+        if options.get("hessian_budget") == "least":
+            widest = max(table.shape[-1] for table in calibration.hessians.values())
+            given["hessian_budget"] = 2 * 4 * widest**2 / 2**30
+        return stageprune.prune(
+            self.demo.pipe, calibration, levels=[(1 - target) / prunable for target in TARGETS], **given
+        )
+
+    def calibration(self, variant: Variant, index: int) -> Calibration:
+        """With the variant's options and the set's seeds; the default's are made once."""
+        options = dict(variant.calibrate)
+        count = options.pop("count", PROMPTS)
+        default = not variant.calibrate and variant.recording is not guided_rows
+        if default and index in self.known:
+            return self.known[index]
+        made = stageprune.calibrate(
+            self.demo.pipe,
+            self.demo.demo.prompts(count),
+            steps=STEPS,
+            guidance=self.demo.recipe.guidance,
+            kinds=self.demo.recipe.kinds,
+            seed=10_000 * index,
+            **options,
+        )
+        if default:
+            self.known[index] = made
+        return made
+
+    @torch.no_grad()
+    def sample(self, index: int) -> Tensor:
+        """Latents of a seed set, by whatever the denoiser is set to."""
+        begin = index * COUNT
+        return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), STEPS, begin)
+
+
+def _ratio(row: dict[str, Any], base: dict[str, Any], target: float) -> float:
+    return float(row[str(target)]["mean"] / base[str(target)]["mean"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What calibrating costs beside just running the pipeline on the same prompts, without decoding.
+
+python benchmarks/calibration.py              # all three demos, into results/calibration-<demo>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import stageprune
+from common import DEMOS, Subject, write_results
+from stageprune.core.host import sample
+
+STEPS, PROMPTS, ROUNDS = 20, 16, 5
+VARIANTS: dict[str, dict[str, Any]] = {
+    "consumers": {},
+    "consumers, half of the tokens": {"tokens": 0.5},
+    "consumers, a tenth of the tokens": {"tokens": 0.1},
+    "producers too": {"layers": "all"},
+    "five stages": {"stages": 5},
+}
+
+
+def main() -> None:
+    """Ratios of medians, rounds interleaved."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    for name in parser.parse_args().demos:
+        rows = compare(Subject(name))
+        facts = {"demo": name, "prompts": PROMPTS, "steps": STEPS, "rounds": ROUNDS}
+        write_results(f"calibration-{name}", {**facts, **rows})
+        for variant, row in rows["rows"].items():
+            print(f"{name}: {variant} {row['seconds']:.2f} s, {row['ratio']:.2f} times just running", flush=True)
+
+
+def compare(demo: Subject) -> dict[str, Any]:
+    """Seconds of the plain run and of each calibration."""
+    prompts, guidance = demo.demo.prompts(PROMPTS), demo.recipe.guidance
+
+    def plain() -> None:
+        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), STEPS, guidance, PROMPTS)
+
+    def calibrating(options: dict[str, Any]) -> Callable[[], object]:
+        given = {"steps": STEPS, "guidance": guidance, "kinds": demo.recipe.kinds, "batch_size": PROMPTS, **options}
+        return lambda: stageprune.calibrate(demo.pipe, prompts, **given)
+
+    runs: dict[str, Callable[[], object]] = {"just running": plain}
+    runs |= {name: calibrating(options) for name, options in VARIANTS.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    plain()  # the first is slower
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    base = seconds.pop("just running")
+    rows = {name: {"seconds": value, "ratio": value / base} for name, value in seconds.items()}
+    return {"plain_seconds": base, "rows": rows}
+
+
+if __name__ == "__main__":
+    main()
