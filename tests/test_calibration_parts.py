@@ -154,7 +154,7 @@ def test_a_killed_process_stops_all_and_the_same_call_goes_on(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_real_processes(whole, tmp_path):
-    """accelerate launches the command twice; one of them is killed at first."""
+    """torchrun starts the command twice (accelerate does so on GPUs only); one of them is killed at first."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     make_pipe().save_pretrained(tmp_path / "pipe")
     root = str(Path(stageprune.__file__).parent.parent)
@@ -164,10 +164,9 @@ def test_two_real_processes(whole, tmp_path):
     }  # fmt: skip
     out = tmp_path / "c.safetensors"
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "stageprune", "calibrate", tmp_path / "pipe",
-        "--prompts", "1,2,3,4,5,6,7", "--count", "7", "--steps", "6", "--guidance", "1.5", "--stages", "2",
-        "--batch-size", "2", "--device", "cpu", "-o", out,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stageprune",
+        "calibrate", tmp_path / "pipe", "--prompts", "1,2,3,4,5,6,7", "--count", "7", "--steps", "6",
+        "--guidance", "1.5", "--stages", "2", "--batch-size", "2", "--device", "cpu", "-o", out,
     ]  # fmt: skip
     dies = tmp_path / "sitecustomize.py"
     dies.write_text(DIES)
