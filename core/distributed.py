@@ -22,8 +22,8 @@ class Accelerated:
 
     Of a calibration each runs its share of the prompts, and their sums are added up at the end. Of a search, each takes
     its share of a round's candidates, those with a common prefix together; all results go to all, so every process
-    makes every decision by itself. `accelerate launch` starts one process a GPU, `torchrun --nproc_per_node 2` as many as
-    it is told, on CPUs too. Machines need not share a disk: on each of two, `accelerate launch --num_machines 2
+    makes every decision by itself. `accelerate launch` starts one process a GPU, `torchrun --nproc_per_node 2` as many
+    as it is told, on CPUs too. Machines need not share a disk: on each of two, `accelerate launch --num_machines 2
     --machine_rank 0 (or 1) --main_process_ip ... -m stageprune calibrate ...`. If one process is killed the launcher
     stops all, and the same command goes on.
 
