@@ -20,6 +20,12 @@ Diffusion XL UNet (heads, neurons and ResNet channels pruned) and a FLUX MMDiT. 
 at the same steps. They are small models: the defaults follow from them, the numbers are theirs alone."""
 
 
+PAIRED_IS_NOT_ALL = (
+    "- Paired error is not all that counts. Where a schedule prunes the last stages hardest the latents stay nearer "
+    "and yet the pictures lose what was asked for: accuracy of {}, measured against one level everywhere. There one "
+    "level everywhere is the better choice."
+)
+
 PICTURES = """
 ## 6. Pictures
 
@@ -83,9 +89,7 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
             "- Small cuts are nearly free, and the error rises steeply towards half of the MACs: a moderate budget "
             "pays best.\n",
             "Differs from model to model:\n",
-            "- Paired error is not all that counts. Where a schedule prunes the last stages hardest the latents stay "
-            f"nearer and yet the pictures lose what was asked for: accuracy of {'; '.join(lost) or 'none'}, measured "
-            "against one level everywhere. There one level everywhere is the better choice.",
+            *([PAIRED_IS_NOT_ALL.format("; ".join(lost))] if lost else []),
             "- Which stage is dear (section 3). No fixed pattern serves all three, so it is measured.",
             f"- Fewer steps or pruning. The measured schedule has less paired error than dense with fewer steps in "
             f"{below('fewer steps')} altogether: {below('fewer steps', where='20/')} of 20 steps, "
