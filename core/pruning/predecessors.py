@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import progress
 from ..calibration import Calibration, step_weights
 from ..calibration.hessian import design_rows
-from ..calibration.packages import packages
+from ..calibration.packages import device_for, packages
 from ..errors import BankError
 from ..groups import Group, consumer_sites, input_sites
 from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
@@ -104,9 +104,10 @@ class PairedMoments:
 
     def __init__(self, denoiser: nn.Module, paths: Sequence[str]) -> None:
         self.denoiser = denoiser
-        sizes = {path: matrix_of(layer_at(denoiser, path)).shape[1] + 1 for path in paths}
-        self.own = {path: torch.zeros(size, size) for path, size in sizes.items()}
-        self.cross = {path: torch.zeros(size, size) for path, size in sizes.items()}
+        widths = {path: matrix_of(layer_at(denoiser, path)).shape[1] for path in paths}
+        near = device_for(paths, widths, 2, next(denoiser.parameters()).device)
+        self.own = {path: torch.zeros(width + 1, width + 1, device=near) for path, width in widths.items()}
+        self.cross = {path: torch.zeros_like(table) for path, table in self.own.items()}
         self.weight = 1.0
         self._dense: dict[str, list[Tensor]] = {path: [] for path in paths}
         self._again = False
