@@ -64,6 +64,7 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
         )
         return f"{won} of {len(chosen)} cells"
 
+    same = sum(each[key]["schedule"] == each[key.replace("measured", "uniform")]["schedule"] for each, key in keys)
     lost = [
         f"{name} at {key.split('/')[0]} steps and {key.split('/')[1]} of the MACs {mean(ours, 'accuracy', 2)} against "
         f"{mean(uniform, 'accuracy', 2)}"
@@ -85,7 +86,8 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
             f"share for all layers has {min(shares):.1f} to {max(shares):.0f} times the error of measured layers; "
             f"magnitude without compensation has {min(losses):.1f} to {max(losses):.0f} times that of OBS at the very "
             "same widths.",
-            f"- On top of that, a level a stage: less paired error than one level everywhere in {below('uniform')}.",
+            f"- On top of that, a level a stage: less paired error than one level everywhere in {below('uniform')}, "
+            f"the very same schedule in {same} more.",
             "- Small cuts are nearly free, and the error rises steeply towards half of the MACs: a moderate budget "
             "pays best.\n",
             "Differs from model to model:\n",
