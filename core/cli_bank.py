@@ -92,10 +92,8 @@ def calibrate(
     )
     if processes.first:
         result.save(out)
+        typer.echo(f"{result}\nsaved to {out}")
     own_file(part, processes).unlink(missing_ok=True)
-    if not processes.first:
-        return
-    typer.echo(f"{result}\nsaved to {out}")
 
 
 def prune(

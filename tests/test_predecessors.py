@@ -51,6 +51,14 @@ def test_it_is_ridge_regression(kept):
     assert relative(torch.cat([got_weight, got_bias[:, None]], 1), exact) < 1e-10
 
 
+def test_moments_that_stay_indefinite_are_refused():
+    _, y, weight = problem()
+    wrong = y.T @ y
+    wrong[0, 0] = -wrong[1, 1] * 1e4
+    with pytest.raises(CalibrationError, match=r"3 columns. have no Cholesky factor even with damping 10: give more"):
+        compensate_paired(weight, wrong, wrong, torch.tensor([0, 1, 2]), 0.01)
+
+
 def test_with_dense_predecessors_it_is_plain_compensation():
     x, _, weight = problem()
     moment, order = x.T @ x, torch.tensor([4, 1, 7, 0, 2, 3, 5, 6])

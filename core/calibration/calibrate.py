@@ -62,7 +62,7 @@ def calibrate(
         taylor: also score units for method `taylor`, by gradients of the denoising loss on the pipeline's own samples,
             at the steps with at least this share of the largest loss (Diff-Pruning: 0.05). None does not.
         tokens: share of each call's inputs that Hessians are summed over, drawn at random. Less than 1 saves time where
-            layers are wide and tokens many; see the ablations for what it costs.
+            layers are wide and tokens many; `benchmarks/ablations.py` measures what it costs.
         hessian_budget: GiB of Hessians that are held where the denoiser is. What does not fit is summed in further runs
             over the same prompts. None is one run; on a GPU with too little room the sums are then held by the host,
             which is slow.

@@ -12,13 +12,12 @@ from .. import progress
 from ..calibration import Calibration
 from ..errors import BankError, StagePruneError
 from ..groups import DenoiserCost, Group, consumer_sites
-from ..groups.layer import layer_at
 from ..host import Host
 from .bank import Consumer, ConsumerKey
 from .layerwise import POWERS, UNIFORM, Sensitivity, choose, grid_counts, spread
 from .levels import Widths
 from .replay import Replay
-from .solver import Solver, widened
+from .solver import Solver
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def allocate_layers(
     """
     consumers = dict(_consumers(solver, orders, uniform))
     middle = max(len(sparsities) // 2, 1)
-    replay.weigh(_widened(solver, orders, uniform, consumers, middle))
+    replay.weigh(solver.widened_level(orders, uniform, consumers, middle))
     errors = {UNIFORM: _errors(solver, orders, uniform, consumers, replay)}
     candidates: dict[str, Counts] = {UNIFORM: uniform}
     sensitivity = measure_sensitivity(solver, orders, widths, replay)
@@ -126,7 +125,7 @@ def _errors_alone(
     paths = [consumer.path for consumer in group.consumers]
     made = dict(_consumers(solver, orders, alone, paths))
     for level in range(1, len(counts)):
-        yield replay.error(_widened(solver, orders, alone, made, level, paths))
+        yield replay.error(solver.widened_level(orders, alone, made, level, paths))
 
 
 def _errors(
@@ -138,7 +137,7 @@ def _errors(
 ) -> list[float]:
     """Error of every level above 0, all groups pruned."""
     levels = len(next(iter(counts.values())))
-    return [replay.error(_widened(solver, orders, counts, consumers, level)) for level in range(1, levels)]
+    return [replay.error(solver.widened_level(orders, counts, consumers, level)) for level in range(1, levels)]
 
 
 def _consumers(
@@ -147,29 +146,6 @@ def _consumers(
     """Pooled consumers of every level above 0: all, or those at `paths`."""
     for path in consumer_sites(solver.groups) if paths is None else paths:
         yield from solver.consumers(path, None, orders, counts)
-
-
-def _widened(
-    solver: Solver,
-    orders: Mapping[str, Tensor],
-    counts: Counts,
-    consumers: Mapping[ConsumerKey, Consumer],
-    level: int,
-    paths: Sequence[str] | None = None,
-) -> dict[str, Consumer]:
-    """Consumers of a level in the dense shapes: removing units equals zeroing them."""
-    sites = consumer_sites(solver.groups)
-    return {
-        path: widened(
-            consumers[ConsumerKey(path, level, 0)],
-            layer_at(solver.denoiser, path),
-            sites[path],
-            orders,
-            counts,
-            level,
-        )
-        for path in (sites if paths is None else paths)
-    }
 
 
 def _short(error: float) -> float:

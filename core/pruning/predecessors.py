@@ -24,7 +24,7 @@ from .. import progress
 from ..calibration import Calibration, step_weights
 from ..calibration.hessian import design_rows
 from ..calibration.packages import device_for, packages
-from ..errors import BankError
+from ..errors import BankError, CalibrationError
 from ..groups import Group, consumer_sites, input_sites
 from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
 from ..host import Host, Prompt
@@ -32,7 +32,7 @@ from .bank import Consumer, ConsumerKey
 from .compensate import DAMPING_RETRIES, finite, with_bias
 from .methods import Method
 from .replay import replaced
-from .solver import Solver, nested_columns, widened
+from .solver import Solver, nested_columns
 
 Predecessors = Literal["dense", "pruned"]
 
@@ -166,7 +166,7 @@ def compensate_paired(
         Weight (out, kept) and bias (out,), float64.
 
     Raises:
-        CalibrationError: the moments are not finite.
+        CalibrationError: the moments are not finite, or stay indefinite.
     """
     own, cross = finite(own), finite(cross)
     kept = torch.cat([columns, columns.new_tensor([len(own) - 1])])
@@ -177,6 +177,11 @@ def compensate_paired(
         root, problem = torch.linalg.cholesky_ex(moment + torch.diag(ridge * factor))
         if int(problem) == 0:
             break
+    else:
+        raise CalibrationError(
+            f"the inputs of a pruned layer ({len(columns)} columns) have no Cholesky factor even with damping "
+            f"{damping * DAMPING_RETRIES[-1]:g}: give more `predecessor_prompts`, or a larger `damping`."
+        )
     wanted = weight @ cross[:, kept] + weight[:, kept] * ridge * factor
     solved = torch.cholesky_solve(wanted.T, root).T
     return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
@@ -207,12 +212,7 @@ def compensate_for_predecessors(
     fitted = dict(consumers)
     work = [(level, package) for level in range(1, levels) for package in packages]
     for level, package in progress.track(work, "compensating for predecessors"):
-        wide = {
-            path: widened(
-                fitted[ConsumerKey(path, level, 0)], layer_at(host.denoiser, path), sites[path], orders, counts, level
-            )
-            for path in sites
-        }
+        wide = solver.widened_level(orders, counts, fitted, level)
         moments = _run(host, package, wide, trajectories)
         for path in package:
             layer = layer_at(host.denoiser, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,28 @@ class Solver:
             ordered = weight[:, places[level].to(weight.device)].to(dense.dtype).contiguous()
             shaped = ordered.view(len(dense), -1, *layer.weight.shape[2:])
             yield ConsumerKey(path, level, stage or 0), Consumer(shaped, bias.to(dense.dtype).clone())
+
+    def widened_level(
+        self,
+        orders: Mapping[str, Tensor],
+        counts: Mapping[str, tuple[int, ...]],
+        consumers: Mapping[ConsumerKey, Consumer],
+        level: int,
+        paths: Iterable[str] | None = None,
+    ) -> dict[str, Consumer]:
+        """Consumers of a level in the dense shapes (see `widened`): all, or those at `paths`."""
+        sites = consumer_sites(self.groups)
+        return {
+            path: widened(
+                consumers[ConsumerKey(path, level, 0)],
+                layer_at(self.denoiser, path),
+                sites[path],
+                orders,
+                counts,
+                level,
+            )
+            for path in (sites if paths is None else paths)
+        }
 
 
 def widened(
