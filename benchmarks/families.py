@@ -30,6 +30,7 @@ from stageprune.core.groups import (
 )
 from stageprune.core.groups.check import sliced
 from stageprune.core.groups.layer import layer_at, norm_at, outputs_of, taps_of
+from stageprune.core.host import InputSize
 from stageprune.core.hosts.diffusers.fullsize import FULL_SIZE, Architecture
 from stageprune.core.pruning.levels import kept_counts
 
@@ -178,7 +179,7 @@ def tiny_check(name: str) -> dict[str, Any]:
 
     base, changes = TINY[name]
     denoiser = zoo.make_denoiser(base, **changes)
-    size = (8, 8) if base == "flux" else None  # its own is the full size
+    size = InputSize(8, 8) if base == "flux" else None  # its own is the full size
     checks = [check for seed in range(3) for check in check_slice_equals_mask(denoiser, seed=seed, size=size)]
     return {"checks": len(checks), "largest_error": max(check.error for check in checks)}
 
