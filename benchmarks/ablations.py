@@ -4,7 +4,7 @@
     python benchmarks/ablations.py dit-digits --only damping
 
 The same level at all steps, three calibrations with seeds of their own, each judged on images of its own; a variant is
-compared with the default seed by seed. Writes results/ablations-<demo>.json after every row, from which it resumes.
+compared with the default seed by seed. All tokens are summed unless the row says otherwise. Writes results/ablations-<demo>.json after every row, from which it resumes.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "consumers per stage": Variant(STAGES, {"consumers": "stage"}),
         "order and consumers per stage": Variant(STAGES, {"order": "stage"}),
     },
-    "predecessors": {
-        "pruned, in one package": Variant(prune={"predecessors": "pruned"}),
-        "pruned, layer after layer": Variant(prune={"predecessors": "pruned", "hessian_budget": "least"}),
-    },
+    "predecessors": {"pruned, in one package": Variant(prune={"predecessors": "pruned"})},
     "bias": {"no bias column": Variant(change=unbiased)},
     "damping": {f"{damping:g}": Variant(prune={"damping": damping}) for damping in (0.0001, 0.001, 0.1)},
     "alpha": {
@@ -81,7 +78,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         for name in ("log-decrease", "log-increase", "linear-decrease", "linear-increase")
     },
     "prompts": {f"{count}": Variant({"count": count}) for count in (8, 16, 32, 128, 256, 512)},
-    "tokens": {f"{share:g} of them": Variant({"tokens": share}) for share in (0.5, 0.25, 0.1)},
+    "tokens": {
+        "as many as `calibrate` draws by itself": Variant({"tokens": None}),
+        **{f"{share:g} of them": Variant({"tokens": share}) for share in (0.5, 0.25, 0.1)},
+    },
     "multiple": {f"{multiple}": Variant(prune={"multiple": multiple}) for multiple in (1, 32, 64)},
     "heads": {"Cholesky diagonal, as OBS-Diff's code": Variant(prune={"method": "obs-diagonal"})},
     "joint attention": {
@@ -92,6 +92,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "passes weighted as guidance uses them": Variant(recording=guided_rows, demos=GUIDED),
     },
     "output": {"scale and shift per stage and channel": Variant(running=corrected_output)},
+    "packages": {
+        "pruned predecessors, layer after layer": Variant(
+            prune={"predecessors": "pruned", "hessian_budget": "least"}, demos=("dit-digits",)
+        ),
+    },
 }
 """Lever -> name of a variant -> how it differs from the default."""
 
@@ -188,7 +193,7 @@ class Runner:
             guidance=self.demo.recipe.guidance,
             kinds=self.demo.recipe.kinds,
             seed=10_000 * index,
-            **options,
+            **{"tokens": 1.0, **options},
         )
         if default:
             self.known[index] = made

@@ -15,11 +15,10 @@ import stageprune
 from common import DEMOS, Subject, write_results
 from stageprune.core.host import sample
 
-STEPS, PROMPTS, ROUNDS = 20, 16, 5
+STEPS, PROMPTS, ROUNDS = 20, 60, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "consumers": {},
-    "consumers, half of the tokens": {"tokens": 0.5},
-    "consumers, a tenth of the tokens": {"tokens": 0.1},
+    "consumers, all tokens": {"tokens": 1.0},
     "producers too": {"layers": "all"},
     "five stages": {"stages": 5},
 }
@@ -42,10 +41,10 @@ def compare(demo: Subject) -> dict[str, Any]:
     prompts, guidance = demo.demo.prompts(PROMPTS), demo.recipe.guidance
 
     def plain() -> None:
-        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), STEPS, guidance, PROMPTS)
+        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), STEPS, guidance, 16)
 
     def calibrating(options: dict[str, Any]) -> Callable[[], object]:
-        given = {"steps": STEPS, "guidance": guidance, "kinds": demo.recipe.kinds, "batch_size": PROMPTS, **options}
+        given = {"steps": STEPS, "guidance": guidance, "kinds": demo.recipe.kinds, **options}
         return lambda: stageprune.calibrate(demo.pipe, prompts, **given)
 
     runs: dict[str, Callable[[], object]] = {"just running": plain}

@@ -41,11 +41,11 @@ class Subject:
         self.judge = Judge.load(self.demo.folder / "judge").eval()
 
     def calibrate(self, prompts: int, steps: int = 20, stages: int = 1) -> Calibration:
-        """On captions that training has seen (or on all classes)."""
+        """On captions that training has seen (or on all classes), all tokens: no row shall depend on a draw of them."""
         recipe = self.recipe
         chosen = self.demo.prompts(prompts)
         return stageprune.calibrate(
-            self.pipe, chosen, steps=steps, guidance=recipe.guidance, stages=stages, kinds=recipe.kinds
+            self.pipe, chosen, steps=steps, guidance=recipe.guidance, stages=stages, kinds=recipe.kinds, tokens=1.0
         )
 
     def prune(self, calibration: Calibration | None, **options: Any) -> Bank:

@@ -75,6 +75,7 @@ class Runner:
             layers="all",
             skip_blocks=True,
             taylor=0.05,
+            tokens=1.0,
         )
         data["calibrate_seconds"] = time.perf_counter() - started
         self.cost = measure_cost(demo.host.denoiser, size=demo.host.input_size)

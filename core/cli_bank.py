@@ -52,7 +52,7 @@ def calibrate(
     layers: Layers = "consumers",
     skip_blocks: SkipBlocks = False,
     taylor: Taylor = None,
-    tokens: Tokens = 1.0,
+    tokens: Tokens = None,
     hessian_budget: HessianBudget = None,
     alpha: AlphaName = "uniform",
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,

@@ -88,7 +88,8 @@ KeepDense = Annotated[
     typer.Option(help="Groups to leave alone, separated by commas, wildcards allowed, as blocks.0.*,*.attn."),
 ]
 Tokens = Annotated[
-    float, typer.Option(help="Share of the tokens of each call that are summed, drawn at random. Less is faster.")
+    float | None,
+    typer.Option(help="Share of each call's tokens that are summed, drawn at random. Default: what Hessians need."),
 ]
 HessianBudget = Annotated[
     str | None,

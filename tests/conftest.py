@@ -50,7 +50,7 @@ def host(pipe):
 
 @pytest.fixture(scope="session")
 def calibrated() -> Calibration:
-    return calibrate(DiffusersHost(make_pipe()), [1, 2, 3] * 8, steps=STEPS, stages=5)
+    return calibrate(DiffusersHost(make_pipe()), [1, 2, 3] * 8, steps=STEPS, stages=5, tokens=1.0)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def calibration(calibrated) -> Calibration:
 @pytest.fixture(scope="session")
 def pooled() -> Calibration:
     """The same trajectories, all stages in one."""
-    return calibrate(DiffusersHost(make_pipe()), [1, 2, 3] * 8, steps=STEPS, stages=1)
+    return calibrate(DiffusersHost(make_pipe()), [1, 2, 3] * 8, steps=STEPS, stages=1, tokens=1.0)
 
 
 @pytest.fixture(scope="session")

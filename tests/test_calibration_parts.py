@@ -101,6 +101,25 @@ def test_interrupted_in_any_package_it_resumes_to_the_same(whole, calls, tmp_pat
         run(pipe, **{**options, "hessian_budget": None})
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_is_drawn_depends_neither_on_batches_nor_on_packages(whole, batch_size):
+    some = run(tokens=0.5)
+    other = run(tokens=0.5, batch_size=batch_size, hessian_budget=half(whole) * 1.3)
+    for path, table in some.hessians.items():
+        assert torch.equal(other.rows[path], some.rows[path]) and relative(other.hessians[path], table) < 1e-5
+
+
+def test_by_itself_it_draws_what_a_hessian_needs(monkeypatch):
+    """With few data all; else so many a column and stage as is said."""
+    everything, plain = run(tokens=1.0), run()
+    assert all(torch.equal(plain.hessians[path], table) for path, table in everything.hessians.items())
+    monkeypatch.setattr("stageprune.core.calibration.recorders.INPUTS_PER_COLUMN", 2)
+    fewer = run()
+    for path, table in fewer.hessians.items():
+        seen = int(fewer.rows[path].sum()) / fewer.stages
+        assert 2 * table.shape[-1] <= 1.3 * seen and seen < int(everything.rows[path].sum()) / fewer.stages
+
+
 def test_some_tokens_tell_nearly_the_same(whole):
     """Half of them, drawn at random: the mean second moment is that of all within the noise of so few data."""
     some = run(tokens=0.5)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stageprune import Bundle, StageSchedule, find_groups
 from stageprune.core.calibration import calibrate
-from stageprune.core.calibration.hessian import HessianRecorder, design_rows
+from stageprune.core.calibration.hessian import HessianRecorder, design_rows, sample_rows
 from stageprune.core.errors import BankError, BundleError, CalibrationError, GroupError
 from stageprune.core.groups import measure_cost, width_groups
 from stageprune.core.groups.group import Cols, Group, Rows, check_groups
@@ -52,7 +52,7 @@ def test_a_convolution_is_a_matrix_over_patches(config, numbers):
     inputs = torch.randn(2, 5, 11, 13, dtype=torch.float64)
     with torch.no_grad():
         expected = conv(inputs)
-        parts = list(design_rows(conv, inputs, numbers))
+        parts = [part.flatten(0, 1) for part in sample_rows(conv, inputs, numbers)]
         assert len(parts) == (expected.shape[2] if numbers == 1 else len(parts))
         assert numbers == 1 or all(part.numel() <= numbers for part in parts)
         got = [F.linear(part, matrix_of(conv), conv.bias) for part in parts]
@@ -74,7 +74,7 @@ def test_recorder_in_parts_equals_whole(monkeypatch):
     layer, inputs = layer_at(denoiser, path), torch.randn(3, 32, 8, 8)
     rows = torch.cat(list(design_rows(layer, inputs))).double()
     for numbers in (1, 3 * 8 * 288, 10**9):
-        monkeypatch.setattr(design_rows, "__defaults__", (numbers,))
+        monkeypatch.setattr(sample_rows, "__defaults__", (numbers,))
         recorder = HessianRecorder(denoiser, {path: 288}, 2)
         recorder.stage, recorder.alpha = 1, 0.5
         recorder.add_batch(path, inputs)

@@ -37,7 +37,7 @@ def calibrate(
     layers: Layers = "consumers",
     skip_blocks: bool = False,
     taylor: float | None = None,
-    tokens: float = 1.0,
+    tokens: float | None = None,
     hessian_budget: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -61,8 +61,8 @@ def calibrate(
             as many more calls as there are blocks.
         taylor: also score units for method `taylor`, by gradients of the denoising loss on the pipeline's own samples,
             at the steps with at least this share of the largest loss (Diff-Pruning: 0.05). None does not.
-        tokens: share of each call's inputs that Hessians are summed over, drawn at random. Less than 1 saves time where
-            layers are wide and tokens many; `benchmarks/ablations.py` measures what it costs.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random. None is as many as a Hessian
+            needs, layer by layer: about 32 for each of its columns in each stage, all if there are fewer.
         hessian_budget: GiB of Hessians that are held where the denoiser is. What does not fit is summed in further runs
             over the same prompts. None is one run; on a GPU with too little room the sums are then held by the host,
             which is slow.
@@ -85,7 +85,8 @@ def calibrate(
     if steps < 1 or batch_size < 1:
         raise CalibrationError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
     schedule = _stages(stages)
-    recorders = Recorders(host, len(schedule.stages), kinds, layers, skip_blocks, taylor, tokens)
+    calls = len(prompts) * len(host.taus(steps))
+    recorders = Recorders(host, len(schedule.stages), kinds, layers, skip_blocks, taylor, tokens, calls)
     packages = recorders.packages(hessian_budget)
     processes = processes or Single()
     weights = step_weights(alpha, host.taus(steps))
@@ -163,7 +164,7 @@ class _Run:
         seeds = [self.provenance["seed"] + place for place in places]
         conditions = host.encode([self.provenance["prompts"][place] for place in places])
         state = host.start(seeds, steps)
-        self.recorders.begin(seeds)
+        self.recorders.begin(self.provenance["seed"])
         with self.recorders.recording(layers, scores):
             for tau, weight in zip(host.taus(steps), self.weights, strict=True):
                 self.recorders.at(self.schedule.stage_of(tau), weight, tau)

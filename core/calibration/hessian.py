@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -15,6 +17,12 @@ from .packages import device_for
 PATCH_NUMBERS = 2**24
 """Most numbers that are unfolded at once (64 MiB in float32), unless one line of places needs more."""
 
+SLICES = 5
+"""Slices of columns in which a CPU multiplies a symmetric product: 0.6 of the work of all of it."""
+
+NARROW = 256
+"""Columns up to which one product is as fast."""
+
 
 class HessianRecorder:
     """Sums H = sum of alpha x x^T per consumer and stage while the denoiser runs.
@@ -26,14 +34,19 @@ class HessianRecorder:
         denoiser: the denoiser.
         widths: consumer path -> columns of its matrix (input channels x taps).
         stages: number of stages that are kept apart.
-        tokens: share of each call's inputs that is summed, drawn at random.
+        tokens: path -> share of each call's inputs that is summed; all of a path that is not in it. They are drawn at
+            random, anew for each call and layer but alike for all samples of a call, so that the sums depend neither
+            on which samples run together nor on which layers are recorded together.
     """
 
-    def __init__(self, denoiser: nn.Module, widths: Mapping[str, int], stages: int, tokens: float = 1.0) -> None:
+    def __init__(
+        self, denoiser: nn.Module, widths: Mapping[str, int], stages: int, tokens: Mapping[str, float] | None = None
+    ) -> None:
         self.denoiser = denoiser
         self.widths = widths
-        self.tokens = tokens
-        self.draws = torch.Generator()
+        self.tokens = tokens or {}
+        self.seed = 0
+        self._seen: Counter[str] = Counter()  # calls of this trajectory, for the draws
         self.hessians = {path: torch.zeros(stages, d + 1, d + 1) for path, d in widths.items()}
         self.rows = {path: torch.zeros(stages, dtype=torch.int64) for path in widths}
         self.stage = 0
@@ -45,20 +58,29 @@ class HessianRecorder:
         """
         if self.alpha == 0:
             return  # inputs that do not count must not count for the rank either
-        for rows in design_rows(layer_at(self.denoiser, path), inputs.detach()):
-            self._add_rows(path, self._drawn(rows).float())
+        for rows in sample_rows(layer_at(self.denoiser, path), inputs.detach()):
+            self._add_rows(path, self._drawn(path, rows).flatten(0, 1).float())
 
-    def _drawn(self, rows: Tensor) -> Tensor:
-        """Some of the rows, or all."""
-        if self.tokens == 1:
+    def begin(self, seed: int) -> None:
+        """Trajectories follow; their draws of tokens are those of this seed."""
+        self.seed = seed
+        self._seen.clear()
+
+    def _drawn(self, path: str, rows: Tensor) -> Tensor:
+        """Some rows of each sample, or all."""
+        share, places = self.tokens.get(path, 1.0), rows.shape[1]
+        if share >= 1:
             return rows
-        count = max(round(len(rows) * self.tokens), 1)
-        return rows[torch.randperm(len(rows), generator=self.draws)[:count].to(rows.device)]
+        self._seen[path] += 1
+        name = f"{self.seed} {path} {self._seen[path]}"
+        draws = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        chosen = torch.randperm(places, generator=draws)[: max(round(places * share), 1)]
+        return rows[:, chosen.to(rows.device)]
 
     def _add_rows(self, path: str, rows: Tensor) -> None:
         hessian = self.hessians[path][self.stage]
-        gram, sums = (rows.T @ rows).to(hessian.device), rows.sum(0).to(hessian.device)
-        hessian[:-1, :-1].add_(gram, alpha=self.alpha)
+        sums = rows.sum(0).to(hessian.device)
+        _add_gram(hessian[:-1, :-1], rows, self.alpha)
         hessian[-1, :-1].add_(sums, alpha=self.alpha)
         hessian[:-1, -1].add_(sums, alpha=self.alpha)
         hessian[-1, -1] += self.alpha * len(rows)
@@ -91,7 +113,24 @@ class HessianRecorder:
                 self.hessians[path] = self.hessians[path].cpu()
 
 
-def design_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> Iterator[Tensor]:
+def _add_gram(total: Tensor, rows: Tensor, alpha: float) -> None:
+    """Total += alpha rows^T rows, in place."""
+    columns = rows.shape[1]
+    slices = SLICES if rows.device.type == "cpu" and columns > NARROW else 1
+    step = -(-columns // slices)
+    for begin in range(0, columns, step):
+        end = min(begin + step, columns)
+        part = (rows[:, begin:end].T @ rows[:, begin:]).to(total.device)
+        total[begin:end, begin:].add_(part, alpha=alpha)
+        total[end:, begin:end].add_(part[:, end - begin :].T, alpha=alpha)
+
+
+def design_rows(layer: Layer, inputs: Tensor) -> Iterator[Tensor]:
+    """The rows of `sample_rows`, those of all samples together: parts of shape (rows, columns)."""
+    return (part.flatten(0, 1) for part in sample_rows(layer, inputs))
+
+
+def sample_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> Iterator[Tensor]:
     """The rows x for which the layer computes W x + b, W its weight as a matrix.
 
     For a Linear, all at once. For a convolution, one row for each output place, padding included, in parts of whole
@@ -103,10 +142,10 @@ def design_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> I
         numbers: most numbers in one part, unless a single output line has more.
 
     Returns:
-        Parts of shape (rows, columns), columns as in `matrix_of`.
+        Parts of shape (samples, rows, columns), columns as in `matrix_of`.
     """
     if isinstance(layer, nn.Linear):
-        yield inputs.reshape(-1, inputs.shape[-1])
+        yield inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return
     (tall, wide), (down, across), (gap, gap_across) = layer.kernel_size, layer.stride, layer.dilation
     # As Conv2d itself pads, whatever its `padding` and `padding_mode`.
@@ -120,4 +159,4 @@ def design_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> I
         end = min(begin + step, lines)
         part = padded[:, :, begin * down : (end - 1) * down + gap * (tall - 1) + 1]
         patches = F.unfold(part, layer.kernel_size, layer.dilation, 0, layer.stride)  # (samples, columns, places)
-        yield patches.mT.reshape(-1, patches.shape[1])
+        yield patches.mT

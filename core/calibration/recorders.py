@@ -20,6 +20,11 @@ from .taylor import TaylorRecorder
 
 Layers = Literal["consumers", "all"]
 
+INPUTS_PER_COLUMN = 32
+"""Inputs that are enough for each column of a Hessian: more change its order and compensation by no more than another
+draw would (`python benchmarks/ablations.py --only tokens`).
+"""
+
 
 class Recorders:
     """What is asked for, recorded together.
@@ -31,7 +36,9 @@ class Recorders:
         layers: whose inputs.
         skip_blocks: see `BlockRecorder`.
         taylor: threshold of a `TaylorRecorder`; none by default.
-        tokens: share of each call's inputs that Hessians are summed over, drawn at random.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random. None is as many as give
+            each stage `INPUTS_PER_COLUMN` inputs a column.
+        calls: unguided calls of one sample that will be made.
 
     Raises:
         CalibrationError: an argument is out of range.
@@ -45,16 +52,18 @@ class Recorders:
         layers: Layers,
         skip_blocks: bool,
         taylor: float | None = None,
-        tokens: float = 1.0,
+        tokens: float | None = 1.0,
+        calls: int = 1,
     ) -> None:
-        if not 0 < tokens <= 1:
+        if tokens is not None and not 0 < tokens <= 1:
             raise CalibrationError(f"`tokens` must be a share of each call's inputs in (0, 1], got {tokens}.")
         groups = _of_kinds(find_groups(host.denoiser), kinds)
         held = _held(host, width_groups(groups), layers)
         widths = {path: matrix_of(layer_at(host.denoiser, path)).shape[1] for path in dict.fromkeys(held.values())}
         self.stages = stages
         self.shared = {path: leader for path, leader in held.items() if path != leader}
-        self.hessians = HessianRecorder(host.denoiser, widths, stages, tokens)
+        shares = _enough(host, widths, stages, calls) if tokens is None else dict.fromkeys(widths, tokens)
+        self.hessians = HessianRecorder(host.denoiser, widths, stages, shares)
         whole = [group for group in groups if group.kind == "block"]
         if skip_blocks and not whole:
             raise CalibrationError('`skip_blocks` scores whole blocks: calibrate with `kinds` that hold "block".')
@@ -69,9 +78,9 @@ class Recorders:
         """Layers whose Hessians are summed together (see `packages`)."""
         return packages(self.hessians.widths, self.stages, budget)
 
-    def begin(self, seeds: Sequence[int]) -> None:
-        """Trajectories with these seeds follow."""
-        self.hessians.draws.manual_seed(seeds[0])
+    def begin(self, seed: int) -> None:
+        """Trajectories follow, of a run with this seed."""
+        self.hessians.begin(seed)
 
     def at(self, stage: int, alpha: float, tau: float) -> None:
         """The next calls belong to this stage and count this much."""
@@ -128,6 +137,13 @@ def _of_kinds(groups: Sequence[Group], kinds: Sequence[str]) -> list[Group]:
     if not kinds or set(kinds) - present:
         raise CalibrationError(f"`kinds` must be some of {sorted(present)}, got {sorted(kinds)}.")
     return [group for group in groups if group.kind in kinds]
+
+
+def _enough(host: Host, widths: Mapping[str, int], stages: int, calls: int) -> dict[str, float]:
+    """Path -> share of a call's inputs that gives each stage `INPUTS_PER_COLUMN` of them a column."""
+    sites = input_sites(host.denoiser, list(widths), host.input_size)
+    needed = {path: INPUTS_PER_COLUMN * (columns + 1) * stages for path, columns in widths.items()}
+    return {path: min(needed[path] / (sites[path].rows * calls), 1.0) for path in widths if path in sites}
 
 
 def _held(host: Host, groups: Sequence[Group], layers: Layers) -> dict[str, str]:
