@@ -4,7 +4,8 @@
     python benchmarks/ablations.py dit-digits --only damping
 
 The same level at all steps, three calibrations with seeds of their own, each judged on images of its own; a variant is
-compared with the default seed by seed. All tokens are summed unless the row says otherwise. Writes results/ablations-<demo>.json after every row, from which it resumes.
+compared with the default seed by seed. All tokens are summed unless the row says otherwise. Writes
+results/ablations-<demo>.json after every row, from which it resumes.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "output": {"scale and shift per stage and channel": Variant(running=corrected_output)},
     "packages": {
         "pruned predecessors, layer after layer": Variant(
-            prune={"predecessors": "pruned", "hessian_budget": "least"}, demos=("dit-digits",)
+            prune={"predecessors": "pruned", "hessian_budget": "least", "predecessor_prompts": 8}, demos=("dit-digits",)
         ),
     },
 }

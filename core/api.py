@@ -17,7 +17,7 @@ from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost, Size
-from .planning import ErrorTable, MosaicSettings, Stages
+from .planning import ErrorTable, JumpTable, MosaicSettings, Stages
 from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation, Predecessors
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
@@ -65,7 +65,7 @@ def calibrate(
     layers: Layers = "consumers",
     skip_blocks: bool = False,
     taylor: float | None = None,
-    tokens: float = 1.0,
+    tokens: float | None = None,
     hessian_budget: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -91,7 +91,8 @@ def calibrate(
         skip_blocks: with kind `block`, also run the denoiser without each block, for method `depth-output`.
         taylor: also take gradients of the denoising loss, for method `taylor`, at the steps with at least this share of
             the largest loss (Diff-Pruning: 0.05). None takes none.
-        tokens: share of each call's inputs that Hessians are summed over, drawn at random; less saves time.
+        tokens: share of each call's inputs that Hessians are summed over, drawn at random. None is as many as a Hessian
+            needs, layer by layer: about 32 for each of its columns in each stage, all if there are fewer.
         hessian_budget: GiB of Hessians that are held where the denoiser is; what does not fit is summed in further runs
             over the same prompts. None is one run.
         seed: first seed.
@@ -230,6 +231,7 @@ def allocate(
     seed: int = 10_000,
     batch_size: int = 32,
     table: ErrorTable | None = None,
+    jumps: JumpTable | None = None,
     mosaic: MosaicSettings | None = None,
 ) -> _planning.Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler really runs.
@@ -241,7 +243,9 @@ def allocate(
             `speedup:1.3` count time, measured on this device; `sparsity:0.3` is the mean of the levels' sparsities.
         strategy: `measured` (error table, exact dynamic programming, check on held-out seeds), `uniform`, `mosaic`
             (MosaicDiff's closed form), `pattern:front`, `back`, `middle`, `ends` or `zigzag` (Diff-ES's fixed shapes),
-            or `hand` with `levels`.
+            or `hand` with `levels`. `joint` chooses how many steps to make, and where, together with their levels, for
+            samples that are near the dense model's and distributed like them; `joint-paired` only for the former;
+            `steps` chooses only the steps, all dense. Their target is a share of the dense run of `steps`.
         prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
@@ -255,6 +259,7 @@ def allocate(
         seed: first probe seed.
         batch_size: probes that run together.
         table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and size.
+        jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
 
     Returns:
@@ -282,6 +287,7 @@ def allocate(
         seed=seed,
         batch_size=batch_size,
         table=table,
+        jumps=jumps,
         mosaic=mosaic,
     )
 

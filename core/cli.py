@@ -128,7 +128,9 @@ def generate(
     out: Out = Path("out/images"),
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="First seed; each prompt gets the next one.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps. Default: those that the bundle lists, or 25.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     size: OwnSize = None,
     device: Device = "auto",
@@ -143,7 +145,10 @@ def generate(
     pipeline = load(pipe, device, dtype)
     host, chosen = DiffusersHost(pipeline, pixels(size)), read_prompts(prompts, pipeline)
     if bundle is not None:
-        enable_stage_pruning(pipeline, bundle)
+        pruner = enable_stage_pruning(pipeline, bundle)
+        steps = steps or len(pruner.schedule.taus or ()) or None
+    steps = steps or 25
+    if bundle is not None:
         typer.echo(str(stage_pruning_summary(pipeline, steps, host.size)))
     scale = host.default_guidance if guidance is None else guidance
     out.mkdir(parents=True, exist_ok=True)

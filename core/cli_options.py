@@ -113,7 +113,8 @@ Strategy = Annotated[
         "other seeds (minutes; the best). uniform: one level everywhere. mosaic: MosaicDiff's formula, more pruning "
         "where the image changes slowly. pattern:front (last steps most), pattern:back (first steps most), "
         "pattern:middle, pattern:ends, pattern:zigzag; pattern:ramp-down and pattern:ramp-up are front and back: "
-        "fixed shapes. hand: with --levels."
+        "fixed shapes. hand: with --levels. Steps and levels together: joint chooses how many steps, where, and their "
+        "levels; joint-paired the same, only for samples near the dense model's own; steps only the steps, all dense."
     ),
 ]
 Stages = Annotated[

@@ -107,6 +107,19 @@ class Host(Protocol):
     def taus(self, steps: int) -> list[float]:
         """Noise level of each call of the (guided) denoiser that the sampler makes for `steps`, in order."""
 
+    def visiting(self, taus: Sequence[float] | None = None, *, first_order: bool = False) -> Host:
+        """The same model and prompts, with a sampler that visits these noise levels, falling, and ends at no noise. Its
+        runs take as many `steps`.
+
+        Args:
+            taus: of the calls; the sampler's own spacing by default.
+            first_order: with a deterministic solver of first order, whose latents are `signal * x_0 + noise * eps` (see
+                `NoiseLevel`), whatever the sampler's own solver is.
+
+        Raises:
+            ScheduleError: the noise levels do not fall, or the sampler cannot visit a list.
+        """
+
     def noise_levels(self, taus: Sequence[float]) -> list[NoiseLevel]:
         """Signal and noise in the denoiser's input at each tau. They depend on the model's noise schedule alone, not on
         the steps that a sampler takes.

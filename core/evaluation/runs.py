@@ -45,9 +45,10 @@ class Job:
         size = self.batch_size
         return [slice(begin, min(begin + size, len(self.seeds))) for begin in range(0, len(self.seeds), size)]
 
-    def sample(self, steps: int, part: slice) -> Tensor:
-        """Final latents of one batch, by whatever the denoiser is set to."""
-        return sample(self.host, self.conditions[part], self.seeds[part], steps, self.guidance, self.batch_size)
+    def sample(self, steps: int, part: slice, taus: Sequence[float] | None = None) -> Tensor:
+        """Final latents of one batch, by whatever the denoiser is set to; at listed noise levels if there are any."""
+        host = self.host if taus is None else self.host.visiting(taus)
+        return sample(host, self.conditions[part], self.seeds[part], steps, self.guidance, self.batch_size)
 
 
 @dataclass
@@ -99,7 +100,8 @@ def run_variants(job: Job, variants: Sequence[Variant]) -> list[Run]:
 
 def _run_batch(job: Job, run: Run, part: slice) -> None:
     with _running(job.host, run.variant):
-        seconds = timed(lambda: run.parts.append(job.sample(run.variant.steps, part)), job.host.denoiser)
+        taus = run.variant.schedule.taus if run.variant.schedule is not None else None
+        seconds = timed(lambda: run.parts.append(job.sample(run.variant.steps, part, taus)), job.host.denoiser)
     run.seconds.append(seconds / (part.stop - part.start))
 
 

@@ -20,7 +20,7 @@ class Variant:
     Args:
         name: `dense`, `schedule`, `uniform`, `magnitude` or `fewer steps`.
         description: the name with what a reader needs to know, for tables.
-        steps: sampling steps.
+        steps: sampling steps; those that the schedule lists, if it does.
         macs_share: MACs that it executes over those that the dense model executes at the full number of steps.
         bank: with the levels of `schedule` only, as it would be enabled: idle levels were seen to cost time
             (about 5 % on a CPU with 2 cores). None runs the dense model.
@@ -46,12 +46,20 @@ def make_variants(host: Host, bundle: Bundle, steps: int) -> list[Variant]:
     assert bundle.schedule is not None
     cost = measure_cost(host.denoiser, size=host.input_size)
     bank, taus = bundle.bank, host.taus(steps)
-    share = executed_cost(bundle.schedule, taus, bank.macs(cost)).share
+    listed = bundle.schedule.taus
+    share = executed_cost(bundle.schedule, listed or taus, bank.macs(cost), len(taus)).share
     level = nearest_level(bank, cost, share)
     magnitude = _magnitude_bank(host, bank, level)
     variants = [
         Variant(DENSE, f"dense, {steps} steps", steps, 1.0),
-        Variant(SCHEDULE, f"schedule ({bank.method})", steps, share, bundle.trimmed().bank, bundle.schedule),
+        Variant(
+            SCHEDULE,
+            f"schedule ({bank.method}{f', {len(listed)} steps of its own' if listed else ''})",
+            len(listed) if listed else steps,
+            share,
+            bundle.trimmed().bank,
+            bundle.schedule,
+        ),
         uniform_variant(bundle, cost, level, steps),
         Variant(
             MAGNITUDE,
@@ -78,7 +86,7 @@ def uniform_variant(bundle: Bundle, cost: DenoiserCost, sparsity: float, steps: 
     """One level of the bundle's bank in all stages of its schedule."""
     assert bundle.schedule is not None
     bank = bundle.bank
-    everywhere = bundle.schedule.with_levels([sparsity] * len(bundle.schedule.stages))
+    everywhere = bundle.schedule.with_levels([sparsity] * len(bundle.schedule.stages)).with_taus(None)
     share = level_share(bank, cost, sparsity)
     trimmed = Bundle(bank, everywhere).trimmed().bank
     return Variant(UNIFORM, f"uniform {sparsity:g} ({bank.method})", steps, share, trimmed, everywhere)

@@ -4,6 +4,7 @@ from . import strategies
 from .allocate import allocate
 from .allocation import Allocation, Candidate, Request, register_strategy
 from .best_levels import best_levels
+from .joint import JumpTable
 from .mosaic import MosaicSettings
 from .partitions import PARTITIONS, Stages, divide, register_partition
 from .patterns import PATTERNS
@@ -26,6 +27,7 @@ __all__ = [
     "Candidate",
     "ErrorTable",
     "Fitness",
+    "JumpTable",
     "MosaicSettings",
     "Probes",
     "Request",

@@ -14,6 +14,7 @@ from ..schedule import Target
 from .allocation import STRATEGIES, Allocation, Candidate, Entry, Request, Strategy, register_strategy
 from .costs import TOLERANCE, Budget
 from .defaults import DEFAULT_PROBES, DEFAULT_TARGET, partition_for, sampling_for
+from .joint import JumpTable
 from .mosaic import MosaicSettings
 from .partitions import Stages
 from .table import ErrorTable
@@ -49,6 +50,7 @@ def allocate(
     seed: int = 10_000,
     batch_size: int = 32,
     table: ErrorTable | None = None,
+    jumps: JumpTable | None = None,
     mosaic: MosaicSettings | None = None,
 ) -> Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler executes.
@@ -60,8 +62,11 @@ def allocate(
             `latency:0.77` and `speedup:1.3` count the measured time of denoiser calls on this device instead;
             `sparsity:0.3` the levels' sparsities. `hand` has no budget unless one is given.
         strategy: `uniform`, one level everywhere; `mosaic`, MosaicDiff's closed form; `pattern:front` and the other
-            fixed patterns of Diff-ES; `hand`, the given `levels`; or `measured`, exact dynamic programming over a
-            measured error table, whose best choices are then run on held-out seeds.
+            fixed patterns of Diff-ES; `hand`, the given `levels`; `measured`, exact dynamic programming over a
+            measured error table, whose best choices are then run on held-out seeds; or steps and levels together, so
+            that the schedule lists its steps: `joint`, for samples both near the dense model's and distributed like
+            them, `joint-paired`, only for the former, or `steps`, the same for the dense model. Their `target` is a
+            share of the dense run of `steps`.
         prompts: probe prompts; half fill the error table, half are held out. The calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
@@ -76,6 +81,7 @@ def allocate(
         batch_size: probes that run together.
         table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and image size, to save
             measuring it again for another target.
+        jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
 
     Raises:
@@ -97,8 +103,13 @@ def allocate(
     if (levels is not None) != (strategy == "hand"):
         raise AllocationError("strategy 'hand' needs `levels`, one a stage, noisiest first; no other takes them.")
     wanted = Target.parse(target if target is not None else 1.0 if strategy == "hand" else DEFAULT_TARGET)
-    partition = partition_for(sampling, bank, stages, empty, STRATEGIES[strategy].stages, levels)
+    default = STRATEGIES[strategy].stages
+    if default is None and stages is not None:
+        raise AllocationError(
+            f"strategy {strategy!r} makes stages of its own, around the steps that it chooses: leave out `stages`."
+        )
+    partition = partition_for(sampling, bank, stages, empty, default or 1, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
         budget = Budget.of(wanted, sampling, pruner)
-        return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table))
+        return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table, jumps))

@@ -10,6 +10,7 @@ from ..pruning import Bank
 from ..runtime import StagePruner
 from ..schedule import ExecutedCost, StageSchedule, Target, executed_calls, executed_cost
 from .costs import UNITS, Budget
+from .joint.jumps import JumpTable
 from .partitions import Stages
 from .sampling import Sampling
 from .table import ErrorTable
@@ -17,12 +18,21 @@ from .table import ErrorTable
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule that was tried, its predicted error and the one measured on held-out seeds."""
+    """A schedule that was tried.
+
+    Args:
+        name: what chose it.
+        levels: of its stages; of its steps where these are chosen too.
+        predicted: its predicted error.
+        measured: its error on held-out seeds.
+        divergence: its predicted divergence from the dense model's law (strategy `joint` only).
+    """
 
     name: str
     levels: tuple[float, ...]
     predicted: float
     measured: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Allocation:
         executed: its MACs over the sampler's steps.
         spent: its cost over the dense one, in the target's unit: MACs, measured time or units.
         table: the error table (`measured` only).
-        candidates: what was tried on held-out seeds, best first (`measured` only).
+        candidates: what was tried on held-out seeds, the choice first (`measured`, and where steps are chosen).
+        jumps: the prices of jumps (where steps are chosen).
     """
 
     schedule: StageSchedule
@@ -46,6 +57,7 @@ class Allocation:
     spent: float
     table: ErrorTable | None = None
     candidates: tuple[Candidate, ...] = ()
+    jumps: JumpTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and reports."""
@@ -69,8 +81,9 @@ class Allocation:
         lines = [str(self.schedule), budget]
         for candidate in self.candidates:
             levels = ", ".join(f"{level:g}" for level in candidate.levels)
+            apart = "" if candidate.divergence is None else f", divergence {candidate.divergence:.2e}"
             lines.append(
-                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}, "
+                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}{apart}, "
                 f"held-out {candidate.measured:.2e}"
             )
         return "\n".join(lines)
@@ -87,6 +100,7 @@ class Request:
         stages: the stage partition, every stage visited by some step; its levels are those given by hand, or dense.
         pruner: the bank on the pipeline's denoiser, dense, every level resident; to be left so.
         table: an error table of the same stages, levels and sampling, if there is one already.
+        jumps: prices of jumps of the same levels and sampling, if they are there already.
     """
 
     sampling: Sampling
@@ -95,6 +109,7 @@ class Request:
     stages: StageSchedule
     pruner: StagePruner
     table: ErrorTable | None = None
+    jumps: JumpTable | None = None
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -119,6 +134,15 @@ class Request:
         spent = self.budget.share(schedule, taus)
         return Allocation(schedule, strategy, self.budget.target, executed, spent, table, candidates)
 
+    def planned(
+        self, strategy: str, schedule: StageSchedule, candidates: tuple[Candidate, ...], jumps: JumpTable
+    ) -> Allocation:
+        """The result that runs the steps which `schedule` lists, its costs over those of the sampler's own."""
+        taus, dense = schedule.taus or (), len(self.sampling.taus)
+        executed = executed_cost(schedule, taus, self.bank.macs(self.pruner.cost), dense)
+        spent = self.budget.share(schedule, taus, dense)
+        return Allocation(schedule, strategy, self.budget.target, executed, spent, None, candidates, jumps)
+
 
 Strategy = Callable[[Request], Allocation]
 
@@ -129,22 +153,22 @@ class Entry:
 
     Args:
         run: the strategy.
-        stages: the partition that it works on unless another is asked for.
+        stages: the partition that it works on unless another is asked for; None if it makes stages of its own.
     """
 
     run: Strategy
-    stages: Stages
+    stages: Stages | None
 
 
 STRATEGIES: dict[str, Entry] = {}
 
 
-def register_strategy(name: str, stages: Stages = "equal-tau") -> Callable[[Strategy], Strategy]:
+def register_strategy(name: str, stages: Stages | None = "equal-tau") -> Callable[[Strategy], Strategy]:
     """Decorator: make a strategy known to `allocate`.
 
     Args:
         name: as users give it.
-        stages: the partition that it works on by default.
+        stages: the partition that it works on by default; None if it makes stages of its own.
     """
 
     def register(function: Strategy) -> Strategy:

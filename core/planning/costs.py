@@ -90,11 +90,11 @@ class Budget:
         """Largest total cost of a run of `calls` denoiser calls."""
         return int((self.target.share + TOLERANCE) * calls * self.costs[0.0])
 
-    def share(self, schedule: StageSchedule, taus: Sequence[float]) -> float:
-        """Executed cost of `schedule` over dense cost."""
+    def share(self, schedule: StageSchedule, taus: Sequence[float], dense_calls: int | None = None) -> float:
+        """Executed cost of `schedule` over that of so many dense calls; of as many as it makes by default."""
         calls = executed_calls(schedule, taus)
         spent = sum(count * self.costs[level] for count, level in zip(calls, schedule.levels, strict=True))
-        return spent / (len(taus) * self.costs[0.0])
+        return spent / ((dense_calls or len(taus)) * self.costs[0.0])
 
     def uniform_level(self) -> float:
         """Sparsity of the dearest level that keeps within the budget everywhere. AllocationError if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..errors import AllocationError
@@ -35,6 +35,10 @@ class Sampling:
     seed: int = 10_000
     batch_size: int = 32
     mosaic: MosaicSettings = field(default_factory=MosaicSettings)
+
+    def part(self, begin: int, end: int) -> Sampling:
+        """Probes number `begin` to `end`, with their seeds."""
+        return replace(self, prompts=self.prompts[begin:end], seed=self.seed + begin)
 
     @cached_property
     def taus(self) -> list[float]:

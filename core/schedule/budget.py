@@ -66,7 +66,7 @@ class ExecutedCost:
     Args:
         calls: denoiser calls that fall in each stage.
         macs: MACs executed in each stage.
-        dense: MACs of the same calls run dense.
+        dense: MACs of the dense run that it is compared with.
     """
 
     calls: tuple[int, ...]
@@ -92,14 +92,17 @@ def executed_calls(schedule: StageSchedule, taus: Sequence[float]) -> tuple[int,
     return tuple(calls)
 
 
-def executed_cost(schedule: StageSchedule, taus: Sequence[float], macs: Mapping[float, int]) -> ExecutedCost:
+def executed_cost(
+    schedule: StageSchedule, taus: Sequence[float], macs: Mapping[float, int], dense_calls: int | None = None
+) -> ExecutedCost:
     """Cost of `schedule` for denoiser calls at noise levels `taus`.
 
     Args:
         schedule: the schedule.
         taus: the noise level of each denoiser call that the sampler makes.
         macs: sparsity -> MACs of one forward of one sample; must hold 0 and every level of the schedule.
+        dense_calls: calls that the dense model would make; as many by default.
     """
     calls = executed_calls(schedule, taus)
     spent = tuple(n * macs[level] for n, level in zip(calls, schedule.levels, strict=True))
-    return ExecutedCost(calls, spent, len(taus) * macs[0.0])
+    return ExecutedCost(calls, spent, (dense_calls or len(taus)) * macs[0.0])

@@ -51,6 +51,11 @@ class Stage:
 class StageSchedule:
     """Stages that cover [0, 1], noisiest first: the order in which a sampler meets them.
 
+    Args:
+        stages: the stages.
+        taus: noise level of each sampling step, falling, where the steps were chosen together with the levels; None
+            leaves them to the sampler.
+
     Example:
         >>> schedule = StageSchedule.from_levels([0, 0, 0.5, 0.7, 0.5])
         >>> schedule.stage_of(0.9)
@@ -60,9 +65,12 @@ class StageSchedule:
     """
 
     stages: tuple[Stage, ...]
+    taus: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        if self.taus is not None:
+            object.__setattr__(self, "taus", _falling(self.taus))
         if not self.stages:
             raise ScheduleError("a schedule needs at least one stage.")
         if self.stages[0].high != 1:
@@ -125,12 +133,17 @@ class StageSchedule:
         return len(self.stages) - 1
 
     def with_levels(self, levels: Sequence[float]) -> StageSchedule:
-        """The same stages at other sparsities."""
-        return StageSchedule.from_levels(levels, self.edges[1:-1])
+        """The same stages, and steps, at other sparsities."""
+        return StageSchedule.from_levels(levels, self.edges[1:-1]).with_taus(self.taus)
+
+    def with_taus(self, taus: Sequence[float] | None) -> StageSchedule:
+        """The same stages with steps of its own, or with the sampler's."""
+        return StageSchedule(self.stages, None if taus is None else tuple(taus))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"stages": [{"high": 1.0, "low": 0.8, "sparsity": 0.5}, ...]}`."""
-        return {"stages": [{"high": s.high, "low": s.low, "sparsity": s.sparsity} for s in self.stages]}
+        """Plain data: `{"stages": [{"high": 1.0, "low": 0.8, "sparsity": 0.5}, ...]}`, and `"taus"` if it has steps."""
+        stages = [{"high": s.high, "low": s.low, "sparsity": s.sparsity} for s in self.stages]
+        return {"stages": stages} if self.taus is None else {"stages": stages, "taus": list(self.taus)}
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal schedule."""
@@ -147,7 +160,10 @@ class StageSchedule:
             if not isinstance(stage, dict) or set(stage) != wanted:
                 got = sorted(stage) if isinstance(stage, dict) else stage
                 raise ScheduleError(f"stages[{index}] must have the keys {sorted(wanted)}, got {got!r}.")
-        return cls(tuple(Stage(**stage) for stage in stages))
+        taus = data.get("taus")
+        if taus is not None and not isinstance(taus, list):
+            raise ScheduleError(f"`taus` of a schedule must be a list of noise levels, got {type(taus).__name__}.")
+        return cls(tuple(Stage(**stage) for stage in stages)).with_taus(taus)
 
     @classmethod
     def from_json(cls, text: str) -> StageSchedule:
@@ -181,4 +197,14 @@ class StageSchedule:
         lines += [f"  tau 1 |{self.draw()}| 0"]
         for index, stage in enumerate(self.stages):
             lines.append(f"  stage {index}: tau {stage.high:.3f} to {stage.low:.3f}, sparsity {stage.sparsity:.3f}")
+        if self.taus is not None:
+            lines.append(f"  {len(self.taus)} steps at tau {', '.join(f'{tau:.3f}' for tau in self.taus)}")
         return "\n".join(lines)
+
+
+def _falling(taus: Sequence[float]) -> tuple[float, ...]:
+    """The noise levels of steps, checked."""
+    numbers = [tau for tau in taus if not isinstance(tau, bool) and isinstance(tau, int | float) and 0 <= tau <= 1]
+    if not taus or len(numbers) != len(taus) or any(noisier <= cleaner for noisier, cleaner in pairwise(numbers)):
+        raise ScheduleError(f"`taus` of a schedule must fall within [0, 1], one a step, got {list(taus)!r:.200}.")
+    return tuple(float(tau) for tau in numbers)

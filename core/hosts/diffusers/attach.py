@@ -18,6 +18,7 @@ from ...groups import measure_cost
 from ...runtime import Resident, StagePruner, StageSummary, known_bank, pruner_of, remember_bank, summarise
 from ...schedule import StageSchedule
 from .host import DiffusersHost, find_denoiser
+from .listed import is_listed, original
 from .pipelines import Size
 from .timesteps import reader_for
 
@@ -35,6 +36,9 @@ def enable_stage_pruning(
             (from `prune`, or from an earlier enable).
         resident: `all` keeps every level of the schedule on the device; `active` keeps the others in host memory and
             copies at a switch, so that the device never holds more than the dense model.
+
+    A schedule that lists its steps (strategy `joint`) makes the pipeline visit these, by its own solver: call it with
+    `num_inference_steps` of that number. Disabling gives the pipeline its scheduler back.
 
     Returns:
         The pruner, for those who want to look inside.
@@ -67,14 +71,22 @@ def enable_stage_pruning(
             )
         bank, schedule = bundle.bank, bundle.schedule
     if isinstance(target, nn.Module):
+        if schedule.taus is not None:
+            logger.warning("the schedule lists %d steps, which only a pipeline can run.", len(schedule.taus))
         return StagePruner(denoiser, bank, schedule, reader_for(denoiser), resident=resident)
     host = DiffusersHost(target)
-    return StagePruner(denoiser, bank, schedule, host.tau_reader, resident=resident, size=host.input_size)
+    listed = None if schedule.taus is None else host.visiting(schedule.taus).scheduler
+    pruner = StagePruner(denoiser, bank, schedule, host.tau_reader, resident=resident, size=host.input_size)
+    if listed is not None:
+        target.scheduler = listed
+    return pruner
 
 
 def disable_stage_pruning(target: Any) -> None:
-    """Restore the denoiser, bit for bit. Warns if nothing was enabled."""
+    """Restore the denoiser, bit for bit, and the pipeline's scheduler. Warns if nothing was enabled."""
     pruner = pruner_of(_denoiser(target))
+    if not isinstance(target, nn.Module) and is_listed(target.scheduler):
+        target.scheduler = original(target.scheduler)
     if pruner is None:
         logger.warning("disable_stage_pruning: stage pruning was not enabled on this %s.", type(target).__name__)
         return
@@ -91,7 +103,8 @@ def stage_pruning_summary(target: Any, steps: int | None = None, size: Size | No
 
     Args:
         target: a pipeline or its denoiser, with stage pruning enabled.
-        steps: also show what a run of so many steps executes (pipelines only).
+        steps: also show what a run of so many steps executes (pipelines only); those that the schedule lists by
+            default.
         size: of the images in pixels, a side or (height, width) (pipelines only); by default MACs are those of the size
             that the pipeline makes by itself.
     """
@@ -103,6 +116,8 @@ def stage_pruning_summary(target: Any, steps: int | None = None, size: Size | No
             raise StagePruneError("`size` is in pixels of the image: pass the pipeline, not its denoiser alone.")
         return summarise(pruner)
     host = DiffusersHost(target, size)
+    if steps is None and is_listed(target.scheduler):
+        steps = len(pruner.schedule.taus or ())
     taus = None if steps is None else host.taus(steps)
     if size is None:
         return summarise(pruner, taus, steps)

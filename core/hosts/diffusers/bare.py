@@ -52,5 +52,5 @@ class DenoiserHost:
             f"a bare {type(self._denoiser).__name__} has no sampler, prompts or decoder: pass its pipeline instead."
         )
 
-    taus = noise_levels = target = default_prompts = encode = start = advance = decode = _refuse
+    taus = visiting = noise_levels = target = default_prompts = encode = start = advance = decode = _refuse
     default_guidance = property(_refuse)

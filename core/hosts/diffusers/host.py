@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ...errors import StagePruneError
 from ...groups import families
 from ...host import Conditions, InputSize, NoiseLevel, Prompt, SamplerState, TauReader
+from .listed import first_order as first_order_solver
+from .listed import visiting
 from .noise import noise_levels, target
 from .pipelines import PipelineAdapter, Sampler, Size, adapter_for, as_pixels, find_adapter
 from .timesteps import TimestepReader, reader_for
@@ -29,6 +31,7 @@ class DiffusersHost:
     Args:
         pipe: a `DiffusionPipeline` whose denoiser's family is supported.
         size: of the images, in pixels: a side, or (height, width). None is what the pipeline makes by itself.
+        scheduler: to sample with; the pipeline's own by default.
 
     Raises:
         StagePruneError: no supported denoiser, or images of this size cannot be made.
@@ -39,8 +42,9 @@ class DiffusersHost:
         >>> images = host.decode(latents)
     """
 
-    def __init__(self, pipe: Any, size: Size | None = None) -> None:
+    def __init__(self, pipe: Any, size: Size | None = None, scheduler: Any = None) -> None:
         self.pipe = pipe
+        self._own_scheduler = scheduler
         self.component, self._denoiser = find_denoiser(pipe)
         self.size = None if size is None else as_pixels(size)
         if self.size is not None:
@@ -50,6 +54,11 @@ class DiffusersHost:
     def denoiser(self) -> nn.Module:
         """The transformer or UNet."""
         return self._denoiser
+
+    @property
+    def scheduler(self) -> Any:
+        """What it samples with, its timesteps set or not."""
+        return self.pipe.scheduler if self._own_scheduler is None else self._own_scheduler
 
     @property
     def adapter(self) -> PipelineAdapter:
@@ -63,7 +72,7 @@ class DiffusersHost:
 
     @property
     def _reader(self) -> TimestepReader:
-        return reader_for(self._denoiser, self.pipe.scheduler.config.num_train_timesteps)
+        return reader_for(self._denoiser, self.scheduler.config.num_train_timesteps)
 
     @property
     def input_size(self) -> InputSize | None:
@@ -81,11 +90,16 @@ class DiffusersHost:
 
     def noise_levels(self, taus: Sequence[float]) -> list[NoiseLevel]:
         """Of the scheduler's noise schedule: DDPM-like, or flow matching, whose tau is sigma, shifted already."""
-        return noise_levels(self.pipe.scheduler, taus)
+        return noise_levels(self.scheduler, taus)
 
     def target(self, samples: Tensor, noise: Tensor, tau: float) -> Tensor:
         """By the scheduler's `prediction_type`."""
-        return target(self.pipe.scheduler, samples, noise, tau)
+        return target(self.scheduler, samples, noise, tau)
+
+    def visiting(self, taus: Sequence[float] | None = None, *, first_order: bool = False) -> DiffusersHost:
+        """The same pipeline, sampled at listed noise levels, by a solver of first order if asked."""
+        scheduler = first_order_solver(self.scheduler) if first_order else self.scheduler
+        return DiffusersHost(self.pipe, self.size, scheduler if taus is None else visiting(scheduler, taus))
 
     def default_prompts(self) -> list[Prompt]:
         """Prompts to use when the user gives none."""
@@ -134,7 +148,7 @@ class DiffusersHost:
     def describe(self) -> dict[str, Any]:
         """Model, component, size in pixels, scheduler and versions. Local folders are named by their last part only."""
         name = str(getattr(self.pipe.config, "_name_or_path", "") or "")
-        scheduler, adapter = self.pipe.scheduler, find_adapter(self.pipe, self.size)
+        scheduler, adapter = self.scheduler, find_adapter(self.pipe, self.size)
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "pipeline": type(self.pipe).__name__,
@@ -149,7 +163,7 @@ class DiffusersHost:
 
     def _scheduler(self, steps: int) -> Any:
         """A copy of the pipeline's scheduler, set to `steps`."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler = copy.deepcopy(self.scheduler)
         self.adapter.set_timesteps(self.pipe, scheduler, steps)
         return scheduler
 

@@ -127,7 +127,9 @@ def hybrid_pool(nursery: Nursery) -> Pool:
 
 def check_init(init: Init) -> None:
     """SearchError if there is no such initialisation; to be called before any work."""
-    known = [*INITIALS, *(name for name in STRATEGIES if name not in INITIALS and name != "hand")]
+    # A search is over the levels of given stages and of the sampler's own steps.
+    others = [name for name, entry in STRATEGIES.items() if name != "hand" and entry.stages is not None]
+    known = [*INITIALS, *(name for name in others if name not in INITIALS)]
     if not isinstance(init, StageSchedule) and init not in known:
         raise SearchError(f"`init` must be one of {', '.join(known)}, or a schedule; got {init!r}.")
 
@@ -156,6 +158,11 @@ def given_genome(schedule: StageSchedule, request: Request, space: Space) -> Gen
         SearchError: it has other stages than the search, or is over its budget.
         ScheduleError: it asks for a level that the bank lacks.
     """
+    if schedule.taus is not None:
+        raise SearchError(
+            f"`init` lists {len(schedule.taus)} steps of its own, and a search is over the levels of the sampler's own "
+            "steps. Give a schedule without steps."
+        )
     if schedule.edges != request.stages.edges:
         raise SearchError(
             f"`init` has stages with boundaries {schedule.edges[1:-1]}, the search {request.stages.edges[1:-1]}. Leave "

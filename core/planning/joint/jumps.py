@@ -1,0 +1,204 @@
+"""What any jump from one noise level to another costs, at any level of the bank, from one call a point and level.
+
+A solver of first order makes from x_i and the denoiser's clean estimate c of it, whatever the distance,
+
+    x_j = n_j / n_i x_i + (s_j - s_i n_j / n_i) c
+
+(DDIM, arXiv 2010.02502, equation 12 without noise; for flow matching an Euler step: signal s = 1 - sigma, noise
+n = sigma). So along a dense trajectory on a fine grid, one call at a point and level tells where every jump from there
+ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ... import progress
+from ...errors import AllocationError
+from ...host import Conditions, Host, NoiseLevel, SamplerState
+from ...runtime import StagePruner
+from ..sampling import Sampling
+from ..table import TableOrigin
+
+WEIGHED = 10
+"""Points at which it is measured how much an error still means at the end; between them it is interpolated."""
+
+
+@dataclass(frozen=True)
+class JumpTable:
+    """The price of each jump along dense trajectories, means over probes and values.
+
+    Args:
+        taus: the grid, falling.
+        sparsities: the levels.
+        final: squared error of the final latents that a jump from point i to point j (of `len(taus)`: the end) causes
+            at a level, shape (points, points + 1, levels); infinite for j <= i. The local error, times what
+            a squared error at j was seen to grow to.
+        divergence: what the jump adds to the divergence of the sample's law from the dense one, same shape: the sum
+            over the points m from i to j of 1/2 (SNR(m + 1) - SNR(m)) |c - c_dense(m)|^2, the discrete-time loss of
+            variational diffusion models (arXiv 2107.00630, equation 13) with the dense denoiser as its truth.
+        origin: what it was measured with.
+    """
+
+    taus: tuple[float, ...]
+    sparsities: tuple[float, ...]
+    final: Tensor
+    divergence: Tensor
+    origin: TableOrigin
+
+
+def measure_jumps(sampling: Sampling, pruner: StagePruner, points: int) -> JumpTable:
+    """One call of each level at each of `points` noise levels, as the sampler spaces so many steps.
+
+    Args:
+        sampling: the pipeline with the probes.
+        pruner: the bank on its denoiser, dense, every level resident; left so.
+        points: of the grid.
+
+    Raises:
+        AllocationError: the sampler makes more than one call a step, or the dense trajectories are not finite.
+    """
+    grid = sampling.host.taus(points)
+    if len(grid) != points or any(noisier <= cleaner for noisier, cleaner in pairwise(grid)):
+        raise AllocationError(
+            f"steps and levels together need a sampler with one call a step and falling noise levels; this one visits "
+            f"{len(grid)} in {points} steps. Use DPMSolverMultistepScheduler, DDIMScheduler or "
+            "FlowMatchEulerDiscreteScheduler."
+        )
+    host = sampling.host.visiting(grid, first_order=True)
+    grid = host.taus(points)
+    levels = [*host.noise_levels(grid), NoiseLevel(1.0, 0.0)]
+    sparsities = pruner.bank.sparsities
+    shape = (points, points + 1, len(sparsities))
+    local, divergence = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    growth = torch.zeros(points + 1, dtype=torch.float64)
+    prompts, size = sampling.prompts, sampling.batch_size
+    batches = range(0, len(prompts), size)
+    with progress.bar(len(batches) * points * len(sparsities), "measuring jumps", "call") as bar:
+        for begin in batches:
+            part = prompts[begin : begin + size]
+            seeds = range(sampling.seed + begin, sampling.seed + begin + len(part))
+            batch = _Batch(host, pruner, host.encode(part), sampling.guidance, levels, seeds)
+            share = len(part) / len(prompts)
+            for place in range(points):
+                for level, sparsity in enumerate(sparsities):
+                    errors, excess = batch.jumps(place, sparsity)
+                    local[place, place + 1 :, level] += share * errors
+                    divergence[place, place + 1 :, level] += share * excess
+                    bar.update(1)
+            growth += share * batch.growth()
+    later = torch.arange(points + 1)[None, :] > torch.arange(points)[:, None]
+    final = (local * growth[None, :, None]).masked_fill(~later[:, :, None], math.inf)
+    divergence = divergence.masked_fill(~later[:, :, None], math.inf)
+    origin = TableOrigin.of(sampling.host, pruner.bank, sampling.steps, sampling.guidance)
+    return JumpTable(tuple(grid), sparsities, final, divergence, origin)
+
+
+class _Batch:
+    """Dense trajectories of some probes on the grid, and jumps off them."""
+
+    def __init__(
+        self,
+        host: Host,
+        pruner: StagePruner,
+        conditions: Conditions,
+        guidance: float,
+        levels: Sequence[NoiseLevel],
+        seeds: Sequence[int],
+    ) -> None:
+        self.host, self.pruner, self.conditions, self.guidance = host, pruner, conditions, guidance
+        self.signal, self.noise = ([getattr(level, name) for level in levels] for name in ("signal", "noise"))
+        points = len(levels) - 1
+        states = [host.start(seeds, points)]
+        for place in range(points):
+            states.append(self._advance(states[-1], place + 1))
+        if not bool(torch.isfinite(states[-1].latents).all()):
+            raise AllocationError("the dense denoiser's samples are not finite, so nothing can be compared with them.")
+        self.states = states
+        self.latents = torch.stack([state.latents.flatten().double() for state in states])
+        self.clean = torch.stack([self._clean(place, self.latents[place + 1]) for place in range(points)])
+        snr = [(signal / noise) ** 2 for signal, noise in zip(self.signal[:-1], self.noise[:-1], strict=True)]
+        # At the end there is no noise and the ratio infinite: it goes on as it came.
+        snr.append(snr[-1] * snr[-1] / snr[-2] if len(snr) > 1 and snr[-2] > 0 else snr[-1])
+        self.gains = torch.tensor([0.5 * (after - before) for before, after in pairwise(snr)], dtype=torch.float64)
+
+    def jumps(self, place: int, sparsity: float) -> tuple[Tensor, Tensor]:
+        """Local squared error and divergence of all jumps from `place`, at a level; each of shape (points - place,)."""
+        clean = self.clean[place]
+        if sparsity:
+            with _running(self.pruner, sparsity):
+                clean = self._clean(place, self._advance(self.states[place], place + 1).latents.flatten().double())
+        errors = [
+            _mean_square(self._jump(place, there, clean) - self.latents[there])
+            for there in range(place + 1, len(self.states))
+        ]
+        excess = (clean - self.clean[place:]).square().mean(1) * self.gains[place:]
+        return torch.tensor(errors, dtype=torch.float64), excess.cumsum(0).cpu()
+
+    def growth(self) -> Tensor:
+        """What a squared error at each point has become at the end, if the rest is dense; shape (points + 1,).
+
+        Measured for the errors of one call at the bank's middle level, and interpolated in its logarithm.
+        """
+        points = len(self.states) - 1
+        sparsities = self.pruner.bank.sparsities
+        known = {points: 1.0}
+        for place in sorted({round(index * (points - 1) / (WEIGHED - 1)) for index in range(WEIGHED)} - {0}):
+            with _running(self.pruner, sparsities[len(sparsities) // 2]):
+                moved = self._advance(self.states[place - 1], place)
+            error = _mean_square(moved.latents.flatten().double() - self.latents[place])
+            final = self._advance(moved, points).latents.flatten().double()
+            if error:
+                known[place] = _mean_square(final - self.latents[-1]) / error
+        return _interpolated(known, points)
+
+    def _jump(self, here: int, there: int, clean: Tensor) -> Tensor:
+        shrink = self.noise[there] / self.noise[here]
+        made: Tensor = shrink * self.latents[here] + (self.signal[there] - self.signal[here] * shrink) * clean
+        return made
+
+    def _clean(self, place: int, after: Tensor) -> Tensor:
+        """The clean estimate that took the latents at `place` to `after` in one step of the grid."""
+        shrink = self.noise[place + 1] / self.noise[place]
+        gain = self.signal[place + 1] - self.signal[place] * shrink
+        clean: Tensor = (after - shrink * self.latents[place]) / gain
+        return clean
+
+    def _advance(self, state: SamplerState, until: int) -> SamplerState:
+        return self.host.advance(state, self.conditions, self.guidance, until)
+
+
+class _running:
+    """The denoiser at one level for the length of a block."""
+
+    def __init__(self, pruner: StagePruner, sparsity: float) -> None:
+        self.pruner, self.before = pruner, pruner.schedule
+        self.level = self.before.with_levels([sparsity] * len(self.before.stages))
+
+    def __enter__(self) -> None:
+        self.pruner.schedule = self.level
+
+    def __exit__(self, *_: object) -> None:
+        self.pruner.schedule = self.before
+
+
+def _interpolated(known: dict[int, float], points: int) -> Tensor:
+    """Geometrically between what is known, constant beyond."""
+    places = sorted(place for place, value in known.items() if value > 0)
+    values = torch.ones(points + 1, dtype=torch.float64)
+    for place in range(points + 1):
+        below = max((known_place for known_place in places if known_place <= place), default=places[0])
+        above = min((known_place for known_place in places if known_place >= place), default=places[-1])
+        part = (place - below) / (above - below) if above > below else 0.0
+        values[place] = math.exp((1 - part) * math.log(known[below]) + part * math.log(known[above]))
+    return values
+
+
+def _mean_square(difference: Tensor) -> float:
+    return float(difference.square().mean())

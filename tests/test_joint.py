@@ -1,0 +1,335 @@
+"""Steps and levels together: prices are what a run shows, the choice is exact, the schedule brings its steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stageprune
+import zoo
+from stageprune import StageSchedule
+from stageprune.core.bundle import Bundle
+from stageprune.core.calibration import calibrate
+from stageprune.core.errors import AllocationError, ScheduleError, SearchError
+from stageprune.core.host import sample
+from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.planning import allocate
+from stageprune.core.planning.allocate import TOLERANCE
+from stageprune.core.planning.joint import JumpTable, Plan, best_path, measure_jumps, plans
+from stageprune.core.planning.joint.choose import nearest_path
+from stageprune.core.planning.sampling import Sampling
+from stageprune.core.runtime import applied
+from support import inside, make_pipe, relative, same_state, state_of
+
+LEVELS = (0.0, 0.3, 0.6)
+PROMPTS = [1, 2, 3, 4, 5, 6]
+POINTS = 8
+
+
+def bank_of(pipe, **options):
+    prompts = (list(zoo.prompts_for(pipe)) * 4)[:8]
+    calibration = stageprune.calibrate(pipe, prompts, steps=4, stages=2, guidance=2.0)
+    return stageprune.prune(pipe, calibration, levels=LEVELS, multiple=8, layer_allocation="uniform", **options)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def bank(dit):
+    return bank_of(dit)
+
+
+@pytest.fixture(scope="module")
+def table(dit, bank):
+    return jumps(dit, bank)
+
+
+def jumps(pipe, bank, guidance=2.0, points=POINTS) -> JumpTable:
+    host = DiffusersHost(pipe)
+    prompts = (list(zoo.prompts_for(pipe)) * 2)[:3]
+    with applied(host, bank) as pruner:
+        return measure_jumps(Sampling(host, prompts, 4, guidance, seed=7, batch_size=2), pruner, points)
+
+
+# The price of a jump.
+
+
+@pytest.mark.parametrize("name", ["dit", "sdxl", "flux"])
+def test_a_jump_is_what_a_run_makes(name):
+    """Any jump at any level, in closed form from one call, ends where a sampler ends that really makes it.
+
+    The price is that error times its growth to the end; so prices of jumps to one point are as the errors are.
+    """
+    pipe = zoo.make_pipeline(name)
+    bank = bank_of(pipe)
+    found, host = jumps(pipe, bank), DiffusersHost(pipe)
+    fine = host.visiting(host.taus(POINTS), first_order=True)
+    assert found.taus == pytest.approx(fine.taus(POINTS)) and found.sparsities == LEVELS
+    prompts = (list(zoo.prompts_for(pipe)) * 2)[:3]
+    conditions, seeds = host.encode(prompts), [7, 8, 9]
+    errors = {}
+    for here, there, level in [(0, 4, 1), (2, 4, 2), (3, 4, 1), (1, 4, 0), (2, 8, 2), (6, 8, 0), (7, 8, 1)]:
+        state = fine.advance(fine.start(seeds, POINTS), conditions, 2.0, here)
+        dense = fine.advance(state, conditions, 2.0, there).latents.double()
+        taus = [fine.taus(POINTS)[here], *fine.taus(POINTS)[there:]]
+        jump = host.visiting(taus, first_order=True)
+        begin = jump.start(seeds, len(taus))
+        begin = type(begin)(0, state.latents, begin.sampler)
+        with applied(host, bank) as pruner:
+            pruner.schedule = StageSchedule.uniform(LEVELS[level])
+            made = jump.advance(begin, conditions, 2.0, 1).latents.double()
+        errors[here, there, level] = float((made - dense).square().mean())
+    for end in (4, 8):
+        mine = {key: error for key, error in errors.items() if key[1] == end}
+        ratios = [float(found.final[key]) / error for key, error in mine.items()]
+        assert max(ratios) / min(ratios) < 1.01
+    ends = [float(found.final[key]) / error for key, error in errors.items() if key[1] == 8]
+    assert ends == pytest.approx([1.0] * 3, rel=0.01), "at the end nothing grows any more"
+
+
+def test_prices_of_what_cannot_be(table):
+    assert torch.isinf(table.final[3, :4]).all() and torch.isfinite(table.final[3, 4:]).all()
+    assert float(table.final[3, 4, 0]) < 1e-9, "a dense step of the grid is the reference itself"
+    assert (table.final[3, 5:, 1:] > 0).all()
+
+
+def test_divergence_is_the_loss_of_variational_diffusion(table, dit, bank):
+    """Written out for one jump: SNR differences times squared errors of the clean estimate, from epsilon alone."""
+    host = DiffusersHost(dit)
+    fine = host.visiting(host.taus(POINTS), first_order=True)
+    levels = fine.noise_levels(fine.taus(POINTS))
+    conditions, seeds, clean = host.encode(zoo.prompts_for(dit)[:3]), [7, 8, 9], {}
+    with applied(host, bank) as pruner:
+        state = fine.start(seeds, POINTS)
+        for place in range(POINTS - 1):
+            for sparsity in (0.6, 0.0):
+                pruner.schedule = StageSchedule.uniform(sparsity)
+                after = fine.advance(state, conditions, 2.0, place + 1)
+                now, then = levels[place], levels[place + 1]
+                x, y = state.latents.double(), after.latents.double()
+                noise = (y - then.signal / now.signal * x) / (then.noise - now.noise * then.signal / now.signal)
+                clean[place, sparsity] = (x - now.noise * noise) / now.signal
+            state = after
+    snr = [(level.signal / level.noise) ** 2 for level in levels]
+    expected = sum(
+        0.5 * (snr[m + 1] - snr[m]) * float((clean[2, 0.6] - clean[m, 0.0]).square().mean()) for m in (2, 3, 4)
+    )
+    assert float(table.divergence[2, 5, 2]) == pytest.approx(expected, rel=1e-3)
+
+
+# The choice.
+
+
+@st.composite
+def problems(draw):
+    points, levels = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    number = st.floats(0, 10)
+    prices = torch.full((points, points + 1, levels), math.inf, dtype=torch.float64)
+    for here in range(points):
+        for there in range(here + 1, points + 1):
+            prices[here, there] = torch.tensor([draw(number) for _ in range(levels)])
+    costs = [draw(st.integers(1, 10)) / 10 for _ in range(levels)]
+    return prices, costs, draw(st.integers(0, 40)) / 10
+
+
+@settings(deadline=None)
+@given(problems())
+def test_the_best_path_is_brute_force(problem):
+    """Over every subset of grid points and every level at each."""
+    prices, costs, budget = problem
+    points, _, levels = prices.shape
+    least = math.inf
+    for size in range(points):
+        for rest in itertools.combinations(range(1, points), size):
+            stops = [0, *rest, points]
+            for chosen in itertools.product(range(levels), repeat=len(stops) - 1):
+                if sum(round(10 * costs[level]) for level in chosen) > round(10 * budget):
+                    continue
+                path = zip(stops, stops[1:], chosen, strict=False)
+                least = min(least, sum(float(prices[jump]) for jump in path))
+    found = best_path(prices, costs, budget, resolution=10)
+    if found is None:
+        assert math.isinf(least)
+        return
+    assert sum(float(prices[jump]) for jump in found) == pytest.approx(least, abs=1e-9)
+    assert sum(costs[level] for _, _, level in found) <= budget + 1e-9
+    assert found[0][0] == 0 and found[-1][1] == points
+    assert all(jump[1] == after[0] for jump, after in itertools.pairwise(found))
+
+
+def test_a_budget_is_kept_whatever_the_costs_are(table):
+    costs = [1.0, 0.7331, 0.4177]
+    for budget in (0.42, 1.0, 2.6, 5.0, 8.0):
+        for plan in plans(table, costs, budget):
+            assert sum(costs[LEVELS.index(level)] for level in plan.levels) <= budget + 1e-9
+            assert list(plan.taus) == sorted(set(plan.taus), reverse=True) and plan.taus[0] == table.taus[0]
+    assert plans(table, costs, 0.4) == []
+    whole = plans(table, costs, float(POINTS))
+    assert whole[0].levels == (0.0,) * POINTS, "with all the budget the best is the dense run on the grid"
+
+
+def test_a_path_over_given_noise_levels(table):
+    path = nearest_path(table, [table.taus[0] + 0.001, table.taus[3] - 0.002, table.taus[6]], 1)
+    assert path == ((0, 3, 1), (3, 6, 1), (6, POINTS, 1))
+
+
+@given(
+    st.lists(st.sampled_from(LEVELS), min_size=1, max_size=9),
+    st.data(),
+)
+def test_every_step_runs_its_level(levels, data):
+    taus = data.draw(
+        st.lists(st.integers(1, 999), min_size=len(levels), max_size=len(levels), unique=True).map(
+            lambda numbers: tuple(number / 1000 for number in sorted(numbers, reverse=True))
+        )
+    )
+    edges = [1.0, 0.66, 0.4, 0.0]
+    schedule = Plan("", taus, tuple(levels), 0.0, 0.0).schedule(edges)
+    assert [schedule.levels[schedule.stage_of(tau)] for tau in taus] == levels and schedule.taus == taus
+    assert {0.66, 0.4} <= set(schedule.edges)
+
+
+# The strategy.
+
+
+@pytest.mark.parametrize("strategy", ["joint", "joint-paired", "steps"])
+@pytest.mark.parametrize("target", ["macs:0.8", "macs:0.4", "speedup:2", "sparsity:0.5"])
+def test_the_budget_is_that_of_the_dense_run(dit, bank, strategy, target):
+    before = state_of(dit.transformer)
+    host, left = DiffusersHost(dit), inside(dit.transformer)
+    found = allocate(host, bank, strategy=strategy, target=target, prompts=PROMPTS, steps=5)
+    assert found.strategy == strategy and found.schedule.taus and found.spent <= found.target.share + TOLERANCE
+    assert sum(found.executed.calls) == len(found.schedule.taus)
+    assert found.executed.dense == 5 * bank.macs(stageprune.core.groups.measure_cost(dit.transformer))[0.0]
+    tried = {candidate.name: candidate.measured for candidate in found.candidates}
+    corners = [error for name, error in tried.items() if name in ("fewer steps", "one level")]
+    assert corners or strategy == "steps"
+    assert found.candidates[0].measured <= min(corners), "never further from dense than either corner"
+    if strategy != "joint":
+        assert found.candidates[0].measured == min(tried.values())
+    if strategy == "steps":
+        assert set(found.schedule.levels) == {0.0} and "one level" not in tried
+    assert same_state(before, state_of(dit.transformer)) and inside(dit.transformer) == left
+
+
+def test_with_orders_of_each_stage(dit):
+    bank = bank_of(dit, order="stage")
+    found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.5, prompts=PROMPTS, steps=4)
+    assert set(bank.edges) <= set(found.schedule.edges) and len(bank.bind(found.schedule)) >= 2
+
+
+def test_jumps_serve_another_target(dit, bank):
+    host = DiffusersHost(dit)
+    first = allocate(host, bank, strategy="joint", target=0.8, prompts=PROMPTS, steps=5)
+    again = allocate(host, bank, strategy="joint-paired", target=0.5, prompts=PROMPTS, steps=5, jumps=first.jumps)
+    fresh = allocate(host, bank, strategy="joint-paired", target=0.5, prompts=PROMPTS, steps=5)
+    assert again.jumps is first.jumps and again.schedule == fresh.schedule
+    for change in ({"guidance": 3.0}, {"steps": 4}):
+        with pytest.raises(AllocationError, match="`jumps` were measured with another"):
+            allocate(host, bank, strategy="joint", prompts=PROMPTS, jumps=first.jumps, **{"steps": 5, **change})
+
+
+def test_what_it_refuses(dit, bank):
+    host = DiffusersHost(dit)
+    with pytest.raises(AllocationError, match="strategy 'joint' makes stages of its own"):
+        allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=4, stages=3)
+    with pytest.raises(AllocationError, match="needs at least 4 probe prompts, got 3"):
+        allocate(host, bank, strategy="joint", prompts=PROMPTS[:3], steps=4)
+    with pytest.raises(AllocationError, match="not a single step fits"):
+        allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=2, target=0.1)
+    with pytest.raises(SearchError, match="`init` lists 2 steps of its own"):
+        listed = StageSchedule.uniform(0.3).with_taus([0.9, 0.4])
+        stageprune.search(dit, bank, target=0.8, init=listed, prompts=PROMPTS, steps=4)
+    with pytest.raises(SearchError, match="`init` must be one of"):
+        stageprune.search(dit, bank, target=0.8, init="joint", prompts=PROMPTS, steps=4)
+    heun = make_pipe()
+    from diffusers import HeunDiscreteScheduler
+
+    heun.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(AllocationError, match="need a sampler with one call a step"):
+        allocate(DiffusersHost(heun), bank, strategy="joint", prompts=PROMPTS, steps=4)
+
+
+# A schedule that brings its steps.
+
+LISTED = StageSchedule.from_levels([0.3, 0.0], [0.5]).with_taus([0.95, 0.7, 0.3, 0.1])
+
+
+def test_it_survives_json_and_bundles(bank, tmp_path):
+    assert StageSchedule.from_json(LISTED.to_json()) == LISTED != LISTED.with_taus(None)
+    assert json.loads(LISTED.to_json())["taus"] == [0.95, 0.7, 0.3, 0.1]
+    assert "taus" not in LISTED.with_taus(None).to_dict() and "4 steps at tau 0.950, 0.700" in str(LISTED)
+    assert Bundle.load(Bundle(bank, LISTED).save(tmp_path / "b")).schedule == LISTED
+    assert LISTED.with_levels([0.0, 0.6]).taus == LISTED.taus
+
+
+@pytest.mark.parametrize("taus", [[], [0.5, 0.5], [0.2, 0.9], [1.5], [-0.1], [math.nan], ["0.3"], [True]])
+def test_steps_that_are_none(taus):
+    with pytest.raises(ScheduleError, match="`taus` of a schedule must fall within"):
+        StageSchedule.uniform(0.3).with_taus(taus)
+    with pytest.raises(ScheduleError, match="`taus` of a schedule must be a list"):
+        StageSchedule.from_dict({**LISTED.to_dict(), "taus": 3})
+
+
+@pytest.mark.parametrize("name", ["dit", "sdxl", "flux"])
+def test_enabled_it_runs_them_and_disabled_nothing_is_left(name):
+    pipe = zoo.make_pipeline(name)
+    bank = bank_of(pipe)
+    scheduler, plain = pipe.scheduler, zoo.generate(pipe, 2.0, steps=3)
+    host = DiffusersHost(pipe)
+    with applied(host, bank) as pruner:
+        pruner.schedule = LISTED
+        prompts = list(zoo.prompts_for(pipe))
+        expected = sample(host.visiting(LISTED.taus), host.encode(prompts), range(len(prompts)), 4, 2.0)
+    pipe.enable_stage_pruning(Bundle(bank, LISTED))
+    assert "4 steps" in str(pipe.stage_pruning_summary()) or "4-step" in str(pipe.stage_pruning_summary())
+    assert relative(zoo.drive(pipe, 2.0, steps=4), expected) < 1e-5
+    with pytest.raises(ScheduleError, match="num_inference_steps=4, got 3"):
+        zoo.generate(pipe, 2.0, steps=3)
+    pipe.disable_stage_pruning()
+    assert pipe.scheduler is scheduler and (zoo.generate(pipe, 2.0, steps=3) == plain).all()
+
+
+def test_a_denoiser_alone_runs_the_levels_only(bank, caplog):
+    pipe = make_pipe()
+    pruner = stageprune.enable_stage_pruning(pipe.transformer, Bundle(bank, LISTED))
+    assert "lists 4 steps, which only a pipeline can run" in caplog.text
+    pruner.detach()
+
+
+def test_a_scheduler_that_cannot_visit_leaves_all_as_it_was(bank):
+    from diffusers import UniPCMultistepScheduler
+
+    pipe = make_pipe()
+    pipe.scheduler = scheduler = UniPCMultistepScheduler()
+    before = state_of(pipe.transformer)
+    with pytest.raises(ScheduleError, match="cannot visit listed noise levels"):
+        pipe.enable_stage_pruning(Bundle(bank, LISTED))
+    assert pipe.scheduler is scheduler and same_state(before, state_of(pipe.transformer))
+    assert not pipe.is_stage_pruning_enabled()
+
+
+def test_evaluated_beside_the_dense_run_of_all_steps(bank):
+    pipe = make_pipe()
+    report = stageprune.evaluate(pipe, Bundle(bank, LISTED), prompts=[1, 2], count=4, steps=10, guidance=1.5)
+    row = next(row for row in report.rows if row.name == "schedule")
+    assert row.steps == 4 and "4 steps of its own" in row.description and row.macs_share < 0.4
+    uniform = next(row for row in report.rows if row.name == "uniform")
+    assert uniform.steps == 10
+
+
+def test_calibrating_is_on_the_samplers_own_steps(bank):
+    """The bundle's steps are its own; a pipeline that runs them says so rather than calibrate on others."""
+    pipe = make_pipe()
+    pipe.enable_stage_pruning(Bundle(bank, LISTED))
+    with pytest.raises(ScheduleError, match="runs 4 listed noise levels"):
+        calibrate(DiffusersHost(pipe), [1, 2], steps=20)
