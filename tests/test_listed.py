@@ -24,8 +24,7 @@ DDPM = {
     "ddim-500": ("DDIMScheduler", {"num_train_timesteps": 500, "clip_sample": False}),
     "dpm": ("DPMSolverMultistepScheduler", {}),
     "dpm-single": ("DPMSolverSinglestepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
 }
 PIPELINES = ["dit", "sdxl", "sd3", "flux"]
 
@@ -47,6 +46,22 @@ def test_its_own_noise_levels_are_its_own_run(name):
     """With 5 steps: where their number does not divide that of timesteps, DDIM does not step to where it goes on."""
     host = DiffusersHost(with_scheduler(name))
     assert torch.equal(run(host.visiting(host.taus(5)), 5), run(host, 5))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_multistep_solvers_of_flows(name):
+    """Of first order they are Euler steps; by themselves they run the same from their own noise levels."""
+    pipe, taus = make_pipeline(name), [1.0, 0.83, 0.5, 0.21]
+    expected = run(DiffusersHost(pipe).visiting(taus), 4)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    if name == "flux":
+        flow |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+    pipe.scheduler = DPMSolverMultistepScheduler(**flow, solver_order=1)
+    assert relative(run(DiffusersHost(pipe).visiting(taus), 4), expected) < 1e-4
+    pipe.scheduler = DPMSolverMultistepScheduler(**flow)
+    host = DiffusersHost(pipe)
+    own, listed = run(host, 8), run(host.visiting(host.taus(8)), 8)
+    assert relative(listed, own) < 0.02 < relative(run(host, 6), own), "its timesteps are whole numbers"
 
 
 @pytest.mark.parametrize("name", PIPELINES)

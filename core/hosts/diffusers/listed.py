@@ -111,6 +111,17 @@ def _set_flow(self: Any, num_inference_steps: int | None = None, device: Any = N
     self._step_index = self._begin_index = None
 
 
+def _set_flow_by_sigmas(
+    self: Any, num_inference_steps: int | None = None, device: Any = None, mu: float | None = None, **options: Any
+) -> None:
+    """As its own, with other noise levels; a shift that the pipeline asks for has nothing to shift."""
+    _check_count(self, num_inference_steps, options)
+    type(self).set_timesteps(self, len(self.stageprune_moments), device=device)
+    self.timesteps = torch.tensor(self.stageprune_moments, dtype=torch.float32, device=device)
+    sigmas = self.timesteps.cpu() / self.config.num_train_timesteps
+    self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
 def _set_ddim(self: Any, num_inference_steps: int | None = None, device: Any = None, **options: Any) -> None:
     _check_count(self, num_inference_steps, options)
     self.num_inference_steps = len(self.stageprune_moments)
@@ -136,14 +147,20 @@ _METHODS: dict[str, dict[str, Callable[..., Any]]] = {
 """Class -> methods that make it visit a list. Others take `timesteps` themselves."""
 
 
+BY_SIGMAS = ("DPMSolverMultistepScheduler",)
+"""Classes that step along `sigmas`, whatever made them, when they match flows."""
+
+
 def _methods_for(scheduler: Any) -> dict[str, Callable[..., Any]]:
-    known = _METHODS.get(type(scheduler).__name__)
-    if known is not None:
-        return known
+    name = type(scheduler).__name__
+    if name in _METHODS:
+        return _METHODS[name]
+    if name in BY_SIGMAS and is_flow_matching(scheduler):
+        return {"set_timesteps": _set_flow_by_sigmas}
     if is_flow_matching(scheduler) or "timesteps" not in inspect.signature(type(scheduler).set_timesteps).parameters:
         raise ScheduleError(
-            f"{type(scheduler).__name__} cannot visit listed noise levels. Give the pipeline a "
+            f"{name} cannot visit listed noise levels. Give the pipeline a DPMSolverMultistepScheduler, or a "
             "FlowMatchEulerDiscreteScheduler if its model matches flows; else a DDIMScheduler, or one that takes "
-            "`timesteps`, as DPMSolverMultistepScheduler."
+            "`timesteps`."
         )
     return {"set_timesteps": _set_by_itself}

@@ -1,0 +1,195 @@
+"""Error against cost, from two dense calls to twenty: fewer or better steps, pruning, and steps and levels together.
+
+    python benchmarks/front.py                            # all three demos, with both solvers
+    python benchmarks/front.py dit-digits --solver first
+
+Cost is in dense denoiser calls; the dense run of 20 steps is 20. Errors are of latents, to a dense run of the same
+solver with 40 steps (`fine`) and with 20 (`dense20`). `first` is the demo's own solver (DDIM, Euler), `second`
+DPM-Solver++(2M). Plans are made on prompts and seeds of their own. Writes results/front-<demo>-<solver>.json after
+every row, from which it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from stageprune.core.errors import AllocationError
+from stageprune.core.evaluation.metrics import frechet, mse
+from stageprune.core.groups import measure_cost
+from stageprune.core.host import sample
+from stageprune.core.planning import Allocation, ErrorTable, JumpTable
+from stageprune.core.runtime import applied
+from stageprune.core.schedule import StageSchedule
+
+STEPS, FINE = 20, 40
+CALLS = (2, 3, 4, 6, 8, 10, 13, 16, 20)
+"""Budgets, in dense calls."""
+
+PRUNED_STEPS = (20, 8, 4)
+"""Step counts at which pruning alone is tried."""
+
+TOGETHER = ("steps", "joint", "joint-paired")
+SOLVERS = ("first", "second")
+COUNT, SETS = 40, 3
+FIRST_SEED = 700_000
+
+
+def main() -> None:
+    """All rows that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    parser.add_argument("--solver", nargs="+", default=[*SOLVERS], choices=SOLVERS, help="of the sampler")
+    parser.add_argument("--calls", nargs="+", type=int, default=[*CALLS], help="budgets, in dense calls")
+    options = parser.parse_args()
+    for name in options.demos:
+        for solver in options.solver:
+            Runner(name, solver).run(options.calls)
+
+
+class Runner:
+    """One demo with one solver: its bank, dense images and rows."""
+
+    def __init__(self, name: str, solver: str) -> None:
+        self.demo = Subject(name)
+        if solver == "second":
+            self.demo.pipe.scheduler = second_order(self.demo.pipe.scheduler)
+        self.file = f"front-{name}-{solver}"
+        fresh = {"demo": name, "solver": solver, "steps": STEPS, "fine": FINE, "sets": SETS, "count": COUNT}
+        path = RESULTS / f"{self.file}.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        same = all(done.get(key) == value for key, value in fresh.items())
+        self.data = done if same else {**fresh, "rows": {}}
+        self.bank = self.demo.prune(self.demo.calibrate(self.demo.recipe.calibration_prompts))
+        cost = measure_cost(self.demo.host.denoiser, size=self.demo.host.input_size)
+        self.costs = {level: macs / cost.dense for level, macs in self.bank.macs(cost).items()}
+        self.fine = [self.sample(index, FINE) for index in range(SETS)]
+        self.dense = [self.sample(index, STEPS) for index in range(SETS)]
+        self.tables: dict[int, ErrorTable | None] = {}
+        self.jumps: JumpTable | None = None
+
+    def run(self, budgets: list[int]) -> None:
+        """All ways at all budgets."""
+        self.row("fine", lambda: (None, FINE))
+        for calls in budgets:
+            self.row(f"{calls}/fewer steps", lambda calls=calls: (None, calls))
+            for strategy in TOGETHER:
+                self.row(f"{calls}/{strategy}", lambda calls=calls, strategy=strategy: self.together(calls, strategy))
+            for steps in PRUNED_STEPS:
+                if calls >= steps or calls < steps * min(self.costs.values()):
+                    continue
+                for strategy in ("uniform", "measured"):
+                    self.row(
+                        f"{calls}/{strategy}, {steps} steps",
+                        lambda calls=calls, strategy=strategy, steps=steps: self.pruned(calls, strategy, steps),
+                    )
+
+    def together(self, calls: int, strategy: str) -> tuple[StageSchedule, int]:
+        """Steps and levels, or steps alone."""
+        found = self.allocate(target=calls / STEPS, strategy=strategy, steps=STEPS, jumps=self.jumps)
+        self.jumps = found.jumps
+        return found.schedule, len(found.schedule.taus or ())
+
+    def pruned(self, calls: int, strategy: str, steps: int) -> tuple[StageSchedule, int]:
+        """Levels at the sampler's own steps."""
+        table = self.tables.get(steps) if strategy == "measured" else None
+        found = self.allocate(target=calls / steps, strategy=strategy, steps=steps, table=table)
+        if strategy == "measured":
+            self.tables[steps] = found.table
+        return found.schedule, steps
+
+    def allocate(self, **options: Any) -> Allocation:
+        """With the demo's probes."""
+        prompts = self.demo.demo.prompts(self.demo.recipe.probes)
+        found: Allocation = self.demo.allocate(self.bank, prompts=prompts, **options)
+        return found
+
+    def row(self, key: str, choose: Callable[[], tuple[StageSchedule | None, int]]) -> None:
+        """Choose and judge, on images that no choice has seen."""
+        if key in self.data["rows"]:
+            return
+        started = time.perf_counter()
+        try:
+            schedule, steps = choose()
+        except AllocationError as error:
+            self.data["rows"][key] = {"refused": str(error)}
+            return
+        seconds = time.perf_counter() - started
+        latents = self.run_schedule(schedule, steps)
+        images = [self.demo.images(each) for each in latents]
+        features = torch.cat([self.demo.judge.features(each).double() for each in images])
+        self.data["rows"][key] = {
+            "calls": self.calls_of(schedule, steps),
+            "steps": steps,
+            "schedule": None if schedule is None else schedule.to_dict(),
+            "seconds": seconds,
+            "fine": self.errors(latents, self.fine),
+            "dense20": self.errors(latents, self.dense),
+            "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),
+            "frechet": frechet(self.demo.judge, features),
+        }
+        write_results(self.file, self.data)
+        row = self.data["rows"][key]
+        print(
+            self.file,
+            key,
+            f"{row['calls']:.2f} calls in {steps} steps,",
+            f"error {row['fine']['mean']:.4f}, to dense {row['dense20']['mean']:.4f},",
+            f"accuracy {row['accuracy']['mean']:.3f}, Frechet {row['frechet']:.2f}, {seconds:.0f} s",
+            flush=True,
+        )
+
+    def calls_of(self, schedule: StageSchedule | None, steps: int) -> float:
+        """Cost in dense calls."""
+        if schedule is None:
+            return float(steps)
+        taus = schedule.taus or self.demo.host.taus(steps)
+        return sum(self.costs[schedule.levels[schedule.stage_of(tau)]] for tau in taus)
+
+    def run_schedule(self, schedule: StageSchedule | None, steps: int) -> list[Tensor]:
+        """Latents of all seed sets."""
+        if schedule is None:
+            return [self.sample(index, steps) for index in range(SETS)]
+        with applied(self.demo.host, self.bank) as pruner:
+            pruner.schedule = schedule
+            return [self.sample(index, steps, schedule.taus) for index in range(SETS)]
+
+    @torch.no_grad()
+    def sample(self, index: int, steps: int, taus: tuple[float, ...] | None = None) -> Tensor:
+        """Latents of a seed set, by whatever the denoiser is set to."""
+        begin, host = index * COUNT, self.demo.host
+        conditions = host.encode(self.demo.prompts(COUNT, begin))
+        seeds = range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT)
+        way = host if taus is None else host.visiting(taus)
+        return sample(way, conditions, seeds, steps, self.demo.recipe.guidance, COUNT)
+
+    def errors(self, latents: list[Tensor], dense: list[Tensor]) -> dict[str, float]:
+        """Squared error to dense latents, with its spread over seed sets."""
+        return mean_and_spread([float(mse(mine, theirs).mean()) for mine, theirs in zip(latents, dense, strict=True)])
+
+    def accuracy(self, index: int, images: Tensor) -> float:
+        """Share of the images that show what was asked for."""
+        prompts = self.demo.prompts(COUNT, index * COUNT)
+        wanted = self.demo.judge.wanted(prompts, self.demo.host.encode(prompts)) or []
+        return float(self.demo.judge.hits(images, wanted).double().mean())
+
+
+def second_order(scheduler: Any) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M) for the same model."""
+    config = dict(scheduler.config)
+    if "FlowMatch" in type(scheduler).__name__:
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
+        return DPMSolverMultistepScheduler(**flow, use_dynamic_shifting=True, time_shift_type="exponential")
+    return DPMSolverMultistepScheduler.from_config(config)
+
+
+if __name__ == "__main__":
+    main()
