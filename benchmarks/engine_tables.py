@@ -37,13 +37,23 @@ timed on its first removals only, each of which costs the same; what all of them
 multiplied."""
 
 
-def page(methods: Results, ablations: Results, order: dict[str, Any] | None) -> str:
+COST = """
+## What calibrating costs
+
+`python benchmarks/calibration.py`: time over that of just running the pipeline on the same prompts, without decoding;
+medians of interleaved rounds, one thread. By default as many inputs are summed as the Hessians need (about 32 for each
+column); what summing all of them would change is under *tokens* above."""
+
+
+def page(methods: Results, ablations: Results, calibration: Results, order: dict[str, Any] | None) -> str:
     """The whole page."""
     parts = [HEAD]
     if methods:
         parts += [METHODS, *(methods_table(name, data) for name, data in methods.items())]
     if ablations:
         parts += [LEVERS, levers_table(ablations)]
+    if calibration:
+        parts += [COST, cost_table(calibration)]
     if order:
         parts += [ORDER, order_table(order["rows"])]
     return "\n".join(parts) + "\n"
@@ -105,6 +115,17 @@ def _lever_cell(rows: dict[str, Any], key: str, target: str) -> str:
         return show(row[target])
     ratios = [ours / default for ours, default in zip(row[target]["sets"], base[target]["sets"], strict=True)]
     return f"{sum(ratios) / len(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def cost_table(calibration: Results) -> str:
+    """A row a way to calibrate, a column a demo."""
+    names = dict.fromkeys(name for data in calibration.values() for name in data["rows"])
+    prompts = [f"{name}, {data['prompts']} prompts of {data['steps']} steps" for name, data in calibration.items()]
+    lines = ["", f"| what is summed | {' | '.join(prompts)} |", f"|---|{'---|' * len(prompts)}"]
+    for name in names:
+        cells = [f"{data['rows'][name]['ratio']:.2f}" for data in calibration.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def order_table(rows: list[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
-"""Write docs/results.md, findings.md and engine.md, and the table in README.md, from the JSON in results/. No figure is
-typed by hand.
+"""Write docs/results.md, findings.md, engine.md and front.md, and the table in README.md, from the JSON in results/.
+
+No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import engine_tables
 import findings
+import front_page
 from common import DEMOS, RESULTS, ROOT
 from families import table as families_table
 from quality import show, tables
@@ -18,7 +20,7 @@ BEGIN, END = "<!-- results: benchmarks/write_docs.py -->", "<!-- /results -->"
 
 
 def main() -> None:
-    """Rewrite all three."""
+    """Rewrite all."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     sections = [HEAD, quality(of_demos(found, "quality"))]
     sections += [sharing(of_demos(found, "sharing")), solver(found["solver"])]
@@ -29,8 +31,11 @@ def main() -> None:
         (ROOT / "docs" / "findings.md").write_text(findings.page(*parts), "utf-8")
     methods, ablations = of_demos(found, "methods"), of_demos(found, "ablations")
     if methods or ablations:
-        page = engine_tables.page(methods, ablations, found.get("solver-order"))
+        page = engine_tables.page(methods, ablations, of_demos(found, "calibration"), found.get("solver-order"))
         (ROOT / "docs" / "engine.md").write_text(page, "utf-8")
+    fronts = {name: data for name, data in found.items() if name.startswith("front-")}
+    if fronts:
+        (ROOT / "docs" / "front.md").write_text(front_page.page(fronts, ROOT / "docs"), "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     block = f"{BEGIN}\n{short_table(of_demos(found, 'quality'))}\n{END}"

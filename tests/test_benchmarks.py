@@ -1,4 +1,4 @@
-"""Benchmark scripts stay runnable: the part of `families.py` that runs tiny models."""
+"""Benchmark scripts stay runnable: what of them does not take long."""
 
 from __future__ import annotations
 
@@ -9,10 +9,48 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import common
 import families
+import front
+import front_page
 
 
 @pytest.mark.parametrize("name", [*families.TINY])
 def test_slicing_equals_masking_on_a_tiny_model_of_each_architecture(name):
     found = families.tiny_check(name)
     assert found["checks"] >= 3 and found["largest_error"] < 1e-4
+
+
+def front_of(demo: str, solver: str) -> dict:
+    """What `front.py` writes, made up: error 1 / cost, half of it for steps and levels."""
+    rows = {"fine": {"calls": 40.0, "steps": 40}}
+    for calls in front.CALLS:
+        for way in ("fewer steps", "steps", "joint", "joint-paired", "uniform, 20 steps", "measured, 4 steps"):
+            error = {"mean": (0.5 if way.startswith("joint") else 1.0) / calls, "std": 0.0}
+            facts = {"calls": float(calls), "steps": calls, "fine": error, "accuracy": {"mean": 0.9}, "frechet": 2.0}
+            rows[f"{calls}/{way}"] = facts
+    rows["2/joint"] = {"refused": "not a single step fits"}
+    return {"demo": demo, "solver": solver, "sets": 3, "count": 40, "environment": {"cpu": "a CPU"}, "rows": rows}
+
+
+def test_the_page_of_fronts_counts_who_is_best(tmp_path):
+    fronts = {f"front-x-{solver}": front_of("x", solver) for solver in front.SOLVERS}
+    text = front_page.page(fronts, tmp_path)
+    budgets = len(front.CALLS) - 1
+    assert f"| x | first | steps and levels | {budgets - 1} of {budgets} | {budgets - 1} of {budgets} |" in text
+    assert f"| x | second | steps and levels, paired | {budgets} of {budgets} |" in text and "| 0.50 |" in text
+    assert (
+        f"| x | first | fewer steps | 0 of {budgets} | {budgets} of {budgets} | {budgets} of {budgets} | 1.00 |" in text
+    )
+    assert (tmp_path / "front-x.png").stat().st_size > 10_000 and (tmp_path / "front-x-few.png").exists()
+
+
+@pytest.mark.parametrize("name", ["dit-digits", "flux-shapes"])
+def test_both_solvers_of_a_demo_visit_lists(name):
+    subject = common.Subject(name)
+    for solver in front.SOLVERS:
+        if solver == "second":
+            subject.pipe.scheduler = front.second_order(subject.pipe.scheduler)
+        host = subject.host
+        own = host.taus(4)
+        assert len(own) == 4 and host.visiting(own[:2] + own[3:]).taus(3) == pytest.approx(own[:2] + own[3:])

@@ -23,6 +23,7 @@ from stageprune.core.planning import allocate
 from stageprune.core.planning.allocate import TOLERANCE
 from stageprune.core.planning.joint import JumpTable, Plan, best_path, measure_jumps, plans
 from stageprune.core.planning.joint.choose import nearest_path
+from stageprune.core.planning.joint.refine import refine
 from stageprune.core.planning.sampling import Sampling
 from stageprune.core.runtime import applied
 from support import inside, make_pipe, relative, same_state, state_of
@@ -175,6 +176,41 @@ def test_a_budget_is_kept_whatever_the_costs_are(table):
     assert plans(table, costs, 0.4) == []
     whole = plans(table, costs, float(POINTS))
     assert whole[0].levels == (0.0,) * POINTS, "with all the budget the best is the dense run on the grid"
+
+
+@settings(deadline=None)
+@given(problems(), st.integers(0, 10**6))
+def test_small_changes_only_make_it_better(problem, seed):
+    """Whatever running shows: never dearer than the budget, never worse than what it began with, nothing run twice."""
+    prices, costs, budget = problem
+    path = best_path(prices, costs, budget, resolution=10)
+    if path is None:
+        return
+    met = []
+
+    def error_of(each):
+        met.append(each)
+        assert sum(costs[level] for _, _, level in each) <= budget + 1e-9
+        assert each[0][0] == 0 and each[-1][1] == prices.shape[0]
+        assert all(jump[1] == after[0] for jump, after in itertools.pairwise(each))
+        return hash((each, seed)) % 1000
+
+    found, error = refine(path, prices, costs, budget, error_of)
+    assert met[0] == path and len(set(met)) == len(met)
+    assert error == min(hash((each, seed)) % 1000 for each in met) == hash((found, seed)) % 1000
+    only, _ = refine(((0, prices.shape[0], 0),), prices, costs, 100.0, lambda _: 0, levels=[0])
+    assert {level for _, _, level in only} == {0}
+
+
+def test_changes_of_a_plan_are_all_small_ones():
+    prices = torch.zeros(10, 11, 3)
+    tried = []
+    refine(
+        ((0, 4, 1), (4, 10, 0)), prices, [1.0, 0.7, 0.5], 1.7, lambda path: tried.append(path) or 0, rounds=1, tries=99
+    )
+    shifts = {((0, place, 1), (place, 10, 0)) for place in (2, 3, 5, 6)}
+    levels = {((0, 4, 0), (4, 10, 1)), ((0, 4, 2), (4, 10, 0)), ((0, 4, 1), (4, 10, 1))}
+    assert set(tried[1:]) == shifts | levels | {((0, 10, 1),)}
 
 
 def test_a_path_over_given_noise_levels(table):

@@ -62,6 +62,7 @@ class Plan:
         levels: its sparsity.
         predicted: squared error of the final latents if those of the jumps are independent.
         divergence: see `JumpTable`.
+        path: over the grid.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Plan:
     levels: tuple[float, ...]
     predicted: float
     divergence: float
+    path: Path = ()
 
     def schedule(self, edges: Sequence[float] = ()) -> StageSchedule:
         """Stages in which every noise level runs what the nearest call runs, with the steps.
@@ -128,6 +130,7 @@ def plan_of(table: JumpTable, name: str, path: Path) -> Plan:
         tuple(table.sparsities[level] for _, _, level in path),
         float(_total(table.final, path)),
         float(_total(table.divergence, path)),
+        path,
     )
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from ... import progress
 from ...errors import AllocationError
-from ...host import Host, sample
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
 from ..costs import TOLERANCE
 from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Plan, measure_jumps, plans
 from ..joint.choose import nearest_path, plan_of
-from ..sampling import Sampling
+from ..joint.refine import ROUNDS, TRIES, refine
+from ..joint.runs import Runs
 from ..table import TableOrigin
 
 LEAST_POINTS = 40
@@ -72,18 +70,13 @@ def _planned(request: Request, strategy: str) -> Allocation:
     _check_jumps(table, request, points)
     costs = [request.budget.costs[level] / request.budget.costs[0.0] for level in table.sparsities]
     budget = (request.budget.target.share + TOLERANCE) * len(sampling.taus)
-    tried = [
-        _Tried(plan, plan.schedule(request.bank.edges), corner=False)
-        for plan in plans(table, costs, budget, OBJECTIVES[strategy])
-    ]
-    corners = _corners(request, table, costs, budget)
-    tried += [corner for corner in corners if strategy != "steps" or not any(corner.plan.levels)]
+    objectives = OBJECTIVES[strategy]
+    tried = _tried(request, table, points, plans(table, costs, budget, objectives), costs, budget, objectives is STEPS)
     if not tried:
         raise AllocationError(
             f"`target` {request.budget.target} allows {budget:.2f} dense calls, and the bank's highest level still "
             f"takes {min(costs):.3f} of one: not a single step fits. Ask for less."
         )
-    tried = _run(request, sampling.part(half, len(sampling.prompts)), points, tried)
     chosen = _chosen(tried, paired=strategy != "joint")
     candidates = tuple(
         Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.error, each.plan.divergence)
@@ -103,6 +96,50 @@ def _check_jumps(table: JumpTable, request: Request, points: int) -> None:
         )
 
 
+def _tried(
+    request: Request,
+    table: JumpTable,
+    points: int,
+    found: list[Plan],
+    costs: Sequence[float],
+    budget: float,
+    dense: bool,
+) -> list[_Tried]:
+    """The plans, small changes of the best of them, and the corners, run on held-out probes; none pruned if `dense`."""
+    sampling, edges = request.sampling, request.bank.edges
+    half, corners = len(sampling.prompts) // 2, _corners(request, table, costs, budget)
+    corners = [corner for corner in corners if not (dense and any(corner.plan.levels))]
+    with progress.bar(2 * len(found) + ROUNDS * TRIES + len(corners), "running plans", "plan") as bar:
+        if found:
+            probes = Runs(sampling.part(0, half), request.pruner, points, lambda: bar.update(1))
+            found = [*found, *_refined(table, found, probes, edges, costs, budget, [0] if dense else None)]
+        held_out = Runs(sampling.part(half, len(sampling.prompts)), request.pruner, points, lambda: bar.update(1))
+        every = [*(_Tried(plan, plan.schedule(edges), corner=False) for plan in found), *corners]
+        return [replace(each, error=held_out.error(each.schedule)) for each in every]
+
+
+def _refined(
+    table: JumpTable,
+    found: Sequence[Plan],
+    probes: Runs,
+    edges: Sequence[float],
+    costs: Sequence[float],
+    budget: float,
+    levels: Sequence[int] | None,
+) -> list[Plan]:
+    """The plan that really ends nearest, with small changes, if any is better."""
+
+    def error_of(plan: Plan) -> float:
+        error = probes.error(plan.schedule(edges))
+        return error if math.isfinite(error) else math.inf
+
+    best = min(found, key=error_of)
+    path, _ = refine(
+        best.path, table.final, costs, budget, lambda path: error_of(plan_of(table, "refined", path)), levels
+    )
+    return [] if path == best.path else [plan_of(table, "refined", path)]
+
+
 def _corners(request: Request, table: JumpTable, costs: Sequence[float], budget: float) -> list[_Tried]:
     """What else could be done with the budget: fewer dense steps, or all steps at one level."""
     host, edges, found = request.sampling.host, request.bank.edges, []
@@ -116,30 +153,6 @@ def _corners(request: Request, table: JumpTable, costs: Sequence[float], budget:
             plan = Plan(name, tuple(taus), (table.sparsities[level],) * steps, path.predicted, path.divergence)
             found.append(_Tried(plan, plan.schedule(edges), corner=True))
     return found
-
-
-def _run(request: Request, held_out: Sampling, points: int, tried: Sequence[_Tried]) -> list[_Tried]:
-    """The same with their errors: by the sampler's own solver, against the dense model on the fine grid."""
-    host, pruner = held_out.host, request.pruner
-    dense = pruner.schedule
-    prompts = held_out.prompts
-    conditions, seeds = host.encode(prompts), range(held_out.seed, held_out.seed + len(prompts))
-
-    def finals(way: Host, steps: int) -> Tensor:
-        return sample(way, conditions, seeds, steps, held_out.guidance, held_out.batch_size).double()
-
-    reference, done = finals(host, points), []
-    with progress.bar(len(tried), "running plans", "plan") as bar:
-        for each in tried:
-            taus = each.plan.taus
-            try:
-                pruner.schedule = each.schedule
-                made = finals(host.visiting(taus), len(taus))
-            finally:
-                pruner.schedule = dense
-            done.append(_Tried(each.plan, each.schedule, each.corner, float((made - reference).square().mean())))
-            bar.update(1)
-    return done
 
 
 def _chosen(tried: Sequence[_Tried], paired: bool) -> _Tried:

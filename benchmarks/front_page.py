@@ -1,0 +1,170 @@
+"""docs/front.md with its pictures: error against cost. Called by write_docs.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quality import show
+
+Results = dict[str, dict[str, Any]]
+"""`front-<demo>-<solver>` -> what `front.py` wrote."""
+
+HEAD = """# Pruning, fewer steps, or both
+
+Written by `python benchmarks/write_docs.py` from `benchmarks/results/front-*.json`, which `python benchmarks/front.py`
+measured. A user who wants images for less can make fewer steps, make them at better noise levels (*better steps*,
+`strategy="steps"`), prune all steps (*one level*), prune every stage as far as it bears it (*a level a stage*,
+`strategy="measured"`), or choose steps and levels together (`strategy="joint"`; `"joint-paired"` looks only at the
+distance to the dense model's own samples).
+
+Cost is in denoiser calls of the dense model, by executed MACs; the dense run of 20 steps costs 20. *Error* is the
+latent MSE to a dense run of the same solver with 40 steps; *accuracy* the share of images that show what was asked for;
+*Frechet* the distance to real images in the judge's features, pooled over the seed sets. Every plan was made on prompts
+and seeds of its own. The solver *first* is the demo's own (DDIM; Euler of flow matching), *second* DPM-Solver++(2M)."""
+
+NAMES = {
+    "fewer steps": "fewer steps",
+    "steps": "better steps",
+    "uniform": "one level",
+    "measured": "a level a stage",
+    "joint": "steps and levels",
+    "joint-paired": "steps and levels, paired",
+}
+COLOURS = {
+    "fewer steps": "#8c8c8c",
+    "steps": "#4c72b0",
+    "uniform": "#dd8452",
+    "measured": "#937860",
+    "joint": "#c44e52",
+    "joint-paired": "#55a868",
+}
+OURS = ("joint", "joint-paired")
+METRICS = {"error": "latent MSE to 40 dense steps", "accuracy": "accuracy", "frechet": "Frechet distance"}
+LOW, HIGH, FEW = 4, 20, 8
+
+
+def page(results: Results, docs: Path) -> str:
+    """The whole page; pictures go beside it."""
+    parts = [HEAD, verdicts(results)]
+    for name in dict.fromkeys(data["demo"] for data in results.values()):
+        mine = {data["solver"]: data for data in results.values() if data["demo"] == name}
+        picture, few = f"front-{name}.png", f"front-{name}-few.png"
+        draw(mine, docs / picture, LOW, HIGH, ["20"])
+        draw(mine, docs / few, 2, FEW, ["8", "4"])
+        facts = next(iter(mine.values()))
+        parts.append(
+            f"\n## {name}\n\n{facts['sets']} seed sets of {facts['count']} images; {facts['environment']['cpu']}, "
+            "float32."
+            f"\n\n![{name}: error, accuracy and Frechet distance against cost]({picture})\n\nFew steps:\n\n"
+            f"![{name}, few steps]({few})"
+        )
+        parts += [f"\nSolver *{solver}*:\n\n{table(data)}" for solver, data in mine.items()]
+    return "\n".join(parts) + "\n"
+
+
+def value(row: dict[str, Any], metric: str) -> float:
+    """One number of a row."""
+    return float({"error": row["fine"]["mean"], "accuracy": row["accuracy"]["mean"], "frechet": row["frechet"]}[metric])
+
+
+def curves(data: dict[str, Any], steps: Sequence[str]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """Name of a way -> (budget, row) in rising budgets; of pruning alone the best of these step counts' rows."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for key, row in data["rows"].items():
+        calls, _, way = key.partition("/")
+        name, _, count = way.partition(", ")
+        if "refused" in row or not way or (count and count.removesuffix(" steps") not in steps):
+            continue
+        line = found.setdefault(f"{name}, {count}" if count else name, [])
+        line.append((int(calls), row))
+    return {name: sorted(line, key=lambda point: point[0]) for name, line in found.items()}
+
+
+def draw(solvers: Results, path: Path, low: int, high: int, steps: Sequence[str]) -> None:
+    """A row of panels a solver."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(solvers), len(METRICS), figsize=(12, 3.4 * len(solvers)), layout="constrained", squeeze=False
+    )
+    for row, (solver, data) in zip(axes, solvers.items(), strict=True):
+        for panel, (metric, label) in zip(row, METRICS.items(), strict=True):
+            for name, line in curves(data, steps).items():
+                way, _, count = name.partition(", ")
+                points = [(each["calls"], value(each, metric)) for calls, each in line if low <= calls <= high]
+                if not points:
+                    continue
+                style = {"color": COLOURS[way], "ls": "--" if count.startswith("4") else "-", "marker": "o", "ms": 3}
+                text = NAMES[way] + (f", {count}" if count else "")
+                panel.plot(*zip(*points, strict=True), label=text, lw=2.2 if way in OURS else 1.2, **style)
+            if metric == "error":
+                panel.set_yscale("log")
+            panel.set(xlabel="cost in dense calls", title=f"{label} ({solver} order)")
+            panel.grid(alpha=0.25)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def table(data: dict[str, Any]) -> str:
+    """A row a budget and way."""
+    lines = [
+        "| budget | way | calls | steps | error | accuracy | Frechet |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, row in data["rows"].items():
+        calls, _, way = key.partition("/")
+        if not way or "refused" in row:
+            continue
+        name, _, count = way.partition(", ")
+        text = NAMES[name] + (f", {count}" if count else "")
+        text = f"**{text}**" if name in OURS else text
+        lines.append(
+            f"| {calls} | {text} | {row['calls']:.2f} | {row['steps']} | {show(row['fine'])} | "
+            f"{row['accuracy']['mean']:.3f} | {row['frechet']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(results: Results) -> str:
+    """In how many cells each of ours is no worse than all others, and where it is."""
+    lines = [
+        "\n## In short\n",
+        "Budgets below that of the dense run, where the row is the best of all ways at that budget, or within 2 % of "
+        "the best (accuracy: within one image of a hundred):\n",
+        "| demo | solver | way | error | accuracy | Frechet | error over fewer steps (geometric mean) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for data in results.values():
+        budgets = sorted({int(key.partition("/")[0]) for key in data["rows"] if "/" in key} - {HIGH})
+        for way in (*OURS, "steps", "fewer steps"):
+            cells = {metric: sum(_wins(data, calls, way, metric) for calls in budgets) for metric in METRICS}
+            ratio = _mean_ratio(data, budgets, way)
+            counts = " | ".join(f"{count} of {len(budgets)}" for count in cells.values())
+            lines.append(f"| {data['demo']} | {data['solver']} | {NAMES[way]} | {counts} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def _wins(data: dict[str, Any], calls: int, way: str, metric: str) -> bool:
+    rows = {
+        key.partition("/")[2]: row
+        for key, row in data["rows"].items()
+        if key.partition("/")[0] == str(calls) and "refused" not in row
+    }
+    if way not in rows:
+        return False
+    mine, all_ways = value(rows[way], metric), [value(row, metric) for row in rows.values()]
+    return mine >= max(all_ways) - 0.01 if metric == "accuracy" else mine <= 1.02 * min(all_ways)
+
+
+def _mean_ratio(data: dict[str, Any], budgets: Sequence[int], way: str) -> float:
+    rows = data["rows"]
+    pairs = [(rows.get(f"{calls}/{way}"), rows[f"{calls}/fewer steps"]) for calls in budgets]
+    ratios = [value(mine, "error") / value(fewer, "error") for mine, fewer in pairs if mine and "refused" not in mine]
+    product = 1.0
+    for ratio in ratios:
+        product *= ratio
+    return product ** (1 / len(ratios)) if ratios else float("nan")
