@@ -17,6 +17,7 @@ from stageprune import StageSchedule
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import AllocationError, ScheduleError, SearchError
+from stageprune.core.evaluation.benchmark_image import benchmark_image
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import allocate
@@ -361,6 +362,13 @@ def test_evaluated_beside_the_dense_run_of_all_steps(bank):
     assert row.steps == 4 and "4 steps of its own" in row.description and row.macs_share < 0.4
     uniform = next(row for row in report.rows if row.name == "uniform")
     assert uniform.steps == 10
+    assert report.taus == LISTED.taus and sum(report.summary.executed.calls) == 4
+
+
+def test_timed_over_its_own_steps(bank):
+    host = DiffusersHost(make_pipe())
+    found = benchmark_image(host, Bundle(bank, LISTED), [1, 2], steps=20, guidance=1.5, rounds=1)
+    assert found.steps == 4 and [stage.calls for stage in found.stages] == [2, 2] and found.image.calls == 4
 
 
 def test_calibrating_is_on_the_samplers_own_steps(bank):

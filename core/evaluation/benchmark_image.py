@@ -85,13 +85,16 @@ def benchmark_image(
         host: the pipeline, dense; restored at the end.
         bundle: with a schedule that the steps visit in every stage.
         prompts: one batch.
-        steps: sampling steps.
+        steps: sampling steps; those that the schedule lists, if it does, dense and pruned.
         guidance: guidance scale.
         rounds: measured rounds; one more goes before them, uncounted.
     """
     if bundle.schedule is None:
         raise ScheduleError("the bundle has no schedule to time; make one with stageprune.allocate.")
-    schedule, bank, taus = bundle.schedule, bundle.bank, host.taus(steps)
+    schedule, bank = bundle.schedule, bundle.bank
+    if schedule.taus is not None:
+        host, steps = host.visiting(schedule.taus), len(schedule.taus)
+    taus = host.taus(steps)
     dense = schedule.with_levels([0.0] * len(schedule.stages))
     ends = [*stage_starts(schedule, taus, steps)[1:], len(taus)]
     conditions, device = host.encode(prompts), next(host.denoiser.parameters()).device

@@ -108,7 +108,7 @@ def evaluate(
         rows=tuple(rows),
         schedule=bundle.schedule,  # type: ignore[arg-type]  # checked above
         summary=summary,
-        taus=tuple(host.taus(steps)),
+        taus=tuple(bundle.schedule.taus or host.taus(steps)),  # type: ignore[union-attr]  # checked above
         environment=_environment(job, bundle, steps, judge),
         notes=tuple(_notes(variants, judge, wanted is not None, count)),
         grid=_pictures(variants, labels, images, shown),
@@ -152,7 +152,8 @@ def _summary(host: Host, bundle: Bundle, steps: int) -> StageSummary:
     assert bundle.schedule is not None
     pruner = StagePruner(host.denoiser, bundle.bank, bundle.schedule, host.tau_reader, size=host.input_size)
     try:
-        return summarise(pruner, host.taus(steps), steps)
+        taus = bundle.schedule.taus or host.taus(steps)
+        return summarise(pruner, taus, len(taus))
     finally:
         pruner.detach()
 

@@ -76,7 +76,7 @@ def schedule_picture(schedule: StageSchedule, taus: Sequence[float]) -> bytes:
     axes.plot(taus, [-0.05] * len(taus), "|", color="black", markersize=7, clip_on=False)
     top = max(0.25, *(level * 1.3 for level in schedule.levels))
     axes.set(xlim=(1.01, -0.01), ylim=(-0.09, top), ylabel="sparsity")
-    axes.set_xlabel("noise level tau; sampling runs to the right, ticks are the sampler's denoiser calls")
+    axes.set_xlabel("noise level tau; sampling runs to the right, ticks are denoiser calls")
     _plain(axes)
     return _png(figure)
 

@@ -32,7 +32,7 @@ class Report:
         rows: one a variant: dense, the schedule, then its rivals.
         schedule: the schedule that was judged.
         summary: requested and realised sparsity, and memory, of the schedule's own levels.
-        taus: noise levels of the sampler's denoiser calls.
+        taus: noise levels of the schedule's denoiser calls.
         environment: machine, versions, samples, steps, guidance, seeds.
         notes: what a reader must know to read the numbers right, such as a metric that was not measured.
         grid: pictures of the first samples.
