@@ -5,30 +5,53 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
 from ..costs import TOLERANCE
-from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Plan, measure_jumps, plans
+from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, measure_jumps, plans
 from ..joint.choose import nearest_path, plan_of
+from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
 from ..joint.runs import Runs
+from ..sampling import Sampling
 from ..table import TableOrigin
 
 LEAST_POINTS = 40
 """Noise levels of the grid, at least; a multiple of the sampler's own steps."""
 
-OBJECTIVES = {"joint": BALANCED, "joint-paired": PAIRED, "steps": STEPS}
+LEAST_PROBES = 4
+
+
+@register_strategy("joint", stages=None)
+def joint(request: Request) -> Allocation:
+    """Near the dense model's samples, and distributed like them: of the plans that end no further from dense samples
+    than fewer dense steps and one level everywhere do, the one that diverges least.
+    """
+    return _planned(_Problem(request, BALANCED), "joint", least_divergence=True)
+
+
+@register_strategy("joint-paired", stages=None)
+def joint_paired(request: Request) -> Allocation:
+    """As near the dense model's own samples as can be."""
+    return _planned(_Problem(request, PAIRED), "joint-paired")
+
+
+@register_strategy("steps", stages=None)
+def steps(request: Request) -> Allocation:
+    """The dense model with fewer steps, where they serve best."""
+    return _planned(_Problem(request, STEPS), "steps")
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """A plan on its way to the choice.
+    """A plan and what a run showed.
 
     Args:
-        plan: what is run.
+        plan: what was run.
         schedule: that runs it.
         corner: it is the sampler's own spacing: dense with fewer steps, or one level everywhere.
         error: squared error of the final latents, on held-out probes.
@@ -40,127 +63,135 @@ class _Tried:
     error: float = math.nan
 
 
-@register_strategy("joint", stages=None)
-def joint(request: Request) -> Allocation:
-    """Near the dense model's samples, and distributed like them: of the plans that end no further from dense samples
-    than fewer dense steps and one level everywhere do, the one that diverges least.
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be planned.
+
+    Args:
+        request: the arguments of an allocation.
+        objectives: what plans make small.
     """
-    return _planned(request, "joint")
+
+    request: Request
+    objectives: Sequence[Objective]
+
+    @property
+    def dense(self) -> bool:
+        """Whether only steps are chosen."""
+        return all(objective.dense for objective in self.objectives)
+
+    @property
+    def points(self) -> int:
+        """Of the grid."""
+        count = self.request.sampling.steps
+        return count * math.ceil(LEAST_POINTS / count)
+
+    @cached_property
+    def costs(self) -> list[float]:
+        """Of a call at each level, in dense calls."""
+        costs = self.request.budget.costs
+        return [costs[level] / costs[0.0] for level in self.request.bank.sparsities]
+
+    @property
+    def budget(self) -> float:
+        """In dense calls."""
+        return (self.request.budget.target.share + TOLERANCE) * len(self.request.sampling.taus)
+
+    def probes(self, held_out: bool) -> Sampling:
+        """The first half of the probes is for planning, the second for the choice."""
+        sampling = self.request.sampling
+        half = len(sampling.prompts) // 2
+        return sampling.part(half, len(sampling.prompts)) if held_out else sampling.part(0, half)
+
+    def schedule(self, plan: Plan) -> StageSchedule:
+        """That runs a plan."""
+        return plan.schedule(self.request.bank.edges)
+
+    def jumps(self) -> JumpTable:
+        """The request's, if they were measured with what new ones would be, or new ones."""
+        sampling, known = self.request.sampling, self.request.jumps
+        if known is None:
+            return measure_jumps(self.probes(held_out=False), self.request.pruner, self.points)
+        origin = TableOrigin.of(sampling.host, self.request.bank, sampling.steps, sampling.guidance)
+        if (len(known.taus), known.origin) != (self.points, origin):
+            raise AllocationError(
+                "`jumps` were measured with another bank, sampler, image size, guidance or number of steps. Leave "
+                "them out to measure new ones."
+            )
+        return known
 
 
-@register_strategy("joint-paired", stages=None)
-def joint_paired(request: Request) -> Allocation:
-    """As near the dense model's own samples as can be."""
-    return _planned(request, "joint-paired")
-
-
-@register_strategy("steps", stages=None)
-def steps(request: Request) -> Allocation:
-    """The dense model with fewer steps, where they serve best."""
-    return _planned(request, "steps")
-
-
-def _planned(request: Request, strategy: str) -> Allocation:
-    sampling = request.sampling
-    if len(sampling.prompts) < 4:
-        raise AllocationError(f"strategy {strategy!r} needs at least 4 probe prompts, got {len(sampling.prompts)}.")
-    half = len(sampling.prompts) // 2
-    points = sampling.steps * math.ceil(LEAST_POINTS / sampling.steps)
-    table = request.jumps or measure_jumps(sampling.part(0, half), request.pruner, points)
-    _check_jumps(table, request, points)
-    costs = [request.budget.costs[level] / request.budget.costs[0.0] for level in table.sparsities]
-    budget = (request.budget.target.share + TOLERANCE) * len(sampling.taus)
-    objectives = OBJECTIVES[strategy]
-    tried = _tried(request, table, points, plans(table, costs, budget, objectives), costs, budget, objectives is STEPS)
+def _planned(problem: _Problem, strategy: str, least_divergence: bool = False) -> Allocation:
+    prompts = problem.request.sampling.prompts
+    if len(prompts) < LEAST_PROBES:
+        raise AllocationError(f"strategy {strategy!r} needs at least {LEAST_PROBES} probe prompts, got {len(prompts)}.")
+    table = problem.jumps()
+    tried = _try(problem, table)
     if not tried:
         raise AllocationError(
-            f"`target` {request.budget.target} allows {budget:.2f} dense calls, and the bank's highest level still "
-            f"takes {min(costs):.3f} of one: not a single step fits. Ask for less."
+            f"`target` {problem.request.budget.target} allows {problem.budget:.2f} dense calls, and the bank's highest "
+            f"level still takes {min(problem.costs):.3f} of one: not a single step fits. Ask for less."
         )
-    chosen = _chosen(tried, paired=strategy != "joint")
+    chosen = _chosen(tried, least_divergence)
     candidates = tuple(
         Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.error, each.plan.divergence)
         for each in sorted(tried, key=lambda each: (each is not chosen, each.error))
     )
-    return request.planned(strategy, chosen.schedule, candidates, table)
+    return problem.request.planned(strategy, chosen.schedule, candidates, table)
 
 
-def _check_jumps(table: JumpTable, request: Request, points: int) -> None:
-    """AllocationError if the table was measured with anything else than a new one would be now."""
-    sampling = request.sampling
-    wanted = (points, TableOrigin.of(sampling.host, request.bank, sampling.steps, sampling.guidance))
-    if (len(table.taus), table.origin) != wanted:
-        raise AllocationError(
-            "`jumps` were measured with another bank, sampler, image size, guidance or number of steps. Leave them "
-            "out to measure new ones."
-        )
-
-
-def _tried(
-    request: Request,
-    table: JumpTable,
-    points: int,
-    found: list[Plan],
-    costs: Sequence[float],
-    budget: float,
-    dense: bool,
-) -> list[_Tried]:
-    """The plans, small changes of the best of them, and the corners, run on held-out probes; none pruned if `dense`."""
-    sampling, edges = request.sampling, request.bank.edges
-    half, corners = len(sampling.prompts) // 2, _corners(request, table, costs, budget)
-    corners = [corner for corner in corners if not (dense and any(corner.plan.levels))]
+def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
+    """The best plans by each objective, small changes of one of them, and the corners, run on held-out probes."""
+    found = plans(table, problem.costs, problem.budget, problem.objectives)
+    corners = [_Tried(plan, problem.schedule(plan), corner=True) for plan in _corners(problem, table)]
+    pruner, points = problem.request.pruner, problem.points
     with progress.bar(2 * len(found) + ROUNDS * TRIES + len(corners), "running plans", "plan") as bar:
         if found:
-            probes = Runs(sampling.part(0, half), request.pruner, points, lambda: bar.update(1))
-            found = [*found, *_refined(table, found, probes, edges, costs, budget, [0] if dense else None)]
-        held_out = Runs(sampling.part(half, len(sampling.prompts)), request.pruner, points, lambda: bar.update(1))
-        every = [*(_Tried(plan, plan.schedule(edges), corner=False) for plan in found), *corners]
+            probes = Runs(problem.probes(held_out=False), pruner, points, lambda: bar.update(1))
+            found += _refined(problem, table, found, probes)
+        held_out = Runs(problem.probes(held_out=True), pruner, points, lambda: bar.update(1))
+        every = [*(_Tried(plan, problem.schedule(plan), corner=False) for plan in found), *corners]
         return [replace(each, error=held_out.error(each.schedule)) for each in every]
 
 
-def _refined(
-    table: JumpTable,
-    found: Sequence[Plan],
-    probes: Runs,
-    edges: Sequence[float],
-    costs: Sequence[float],
-    budget: float,
-    levels: Sequence[int] | None,
-) -> list[Plan]:
-    """The plan that really ends nearest, with small changes, if any is better."""
-
-    def error_of(plan: Plan) -> float:
-        error = probes.error(plan.schedule(edges))
-        return error if math.isfinite(error) else math.inf
-
-    best = min(found, key=error_of)
-    path, _ = refine(
-        best.path, table.final, costs, budget, lambda path: error_of(plan_of(table, "refined", path)), levels
-    )
-    return [] if path == best.path else [plan_of(table, "refined", path)]
-
-
-def _corners(request: Request, table: JumpTable, costs: Sequence[float], budget: float) -> list[_Tried]:
+def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
     """What else could be done with the budget: fewer dense steps, or all steps at one level."""
-    host, edges, found = request.sampling.host, request.bank.edges, []
+    sampling, budget = problem.request.sampling, problem.budget
     own = [("fewer steps", math.floor(budget), 0)]
-    affordable = [level for level, cost in enumerate(costs) if cost * len(request.sampling.taus) <= budget]
-    own += [("one level", request.sampling.steps, min(affordable))] if affordable else []
-    for name, steps, level in own:
-        taus = host.taus(steps) if steps else []
-        if taus and len(taus) == steps:
+    affordable = [level for level, cost in enumerate(problem.costs) if cost * len(sampling.taus) <= budget]
+    if affordable and not problem.dense:
+        own.append(("one level", sampling.steps, min(affordable)))
+    found = []
+    for name, count, level in own:
+        taus = sampling.host.taus(count) if count else []
+        if taus and len(taus) == count:
             path = plan_of(table, name, nearest_path(table, taus, level))
-            plan = Plan(name, tuple(taus), (table.sparsities[level],) * steps, path.predicted, path.divergence)
-            found.append(_Tried(plan, plan.schedule(edges), corner=True))
+            levels = (table.sparsities[level],) * count
+            found.append(replace(path, taus=tuple(taus), levels=levels))
     return found
 
 
-def _chosen(tried: Sequence[_Tried], paired: bool) -> _Tried:
+def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes: Runs) -> list[Plan]:
+    """The plan that really ends nearest, with small changes, if any is better."""
+
+    def error_of(plan: Plan) -> float:
+        error = probes.error(problem.schedule(plan))
+        return error if math.isfinite(error) else math.inf
+
+    def error_along(path: Path) -> float:
+        return error_of(plan_of(table, "refined", path))
+
+    best, levels = min(found, key=error_of), [0] if problem.dense else None
+    path, _ = refine(best.path, table.final, problem.costs, problem.budget, error_along, levels)
+    return [] if path == best.path else [plan_of(table, "refined", path)]
+
+
+def _chosen(tried: Sequence[_Tried], least_divergence: bool) -> _Tried:
     finite = [each for each in tried if math.isfinite(each.error)]
     if not finite:
         raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
     bound = min((each.error for each in finite if each.corner), default=math.inf)
-    eligible = [] if paired else [each for each in finite if each.error <= bound]
-    if eligible:
-        return min(eligible, key=lambda each: (each.plan.divergence, each.error))
+    near = [each for each in finite if each.error <= bound] if least_divergence else []
+    if near:
+        return min(near, key=lambda each: (each.plan.divergence, each.error))
     return min(finite, key=lambda each: each.error)

@@ -1,0 +1,148 @@
+"""Every way to choose a level a stage, under the same budgets: error on held-out images, accuracy, Frechet, and what
+the choice took.
+
+    python benchmarks/strategies.py               # all three demos
+    python benchmarks/strategies.py dit-digits --targets 0.67 --seeds 1
+
+Strategies with a seed (probes, and what a search draws) run with several. Diff-ES runs with its published settings but
+for the fitness, which is that of ours. Writes results/strategies-<demo>.json after every row, from which it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stageprune
+from common import DEMOS, RESULTS, TARGETS, Subject, mean_and_spread, write_results
+from stageprune.core.evaluation.metrics import frechet, mse
+from stageprune.core.planning import PATTERNS, SearchSettings
+from stageprune.core.runtime import applied
+from stageprune.core.schedule import StageSchedule
+
+STEPS, STAGES, PROBES = 20, 10, 16
+COUNT, SETS = 50, 3
+FIRST_SEED = 600_000
+FIXED = ("uniform", "mosaic", *(f"pattern:{name}" for name in PATTERNS if name not in ("ramp-down", "ramp-up")))
+SEARCHES = ("ours", "Diff-ES as published")
+
+
+def main() -> None:
+    """All rows that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
+    parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="shares of the dense MACs")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of `measured` and of the searches")
+    parser.add_argument("--without", nargs="*", default=[], choices=SEARCHES, help="searches to leave out")
+    options = parser.parse_args()
+    for name in options.demos:
+        runner = Runner(name)
+        for target in options.targets:
+            runner.run(target, options.seeds, [each for each in SEARCHES if each not in options.without])
+
+
+class Runner:
+    """One demo: its bank, dense images and rows."""
+
+    def __init__(self, name: str) -> None:
+        self.demo = Subject(name)
+        path = RESULTS / f"strategies-{name}.json"
+        fresh = {"demo": name, "stages": STAGES, "steps": STEPS, "probes": PROBES, "sets": SETS, "count": COUNT}
+        done = json.loads(path.read_text()) if path.exists() else {}
+        same = all(done.get(key) == value for key, value in fresh.items())
+        self.data = done if same else {**fresh, "rows": {}}
+        self.bank = self.demo.prune(self.demo.calibrate(self.demo.recipe.calibration_prompts))
+        self.dense = [self.sample(index) for index in range(SETS)]
+
+    def run(self, target: float, seeds: int, searches: list[str]) -> None:
+        """All strategies under one budget."""
+        for strategy in FIXED:
+            self.row(f"{target}/{strategy}/0", lambda strategy=strategy: self.allocate(strategy, target, 0))
+        for seed in range(seeds):
+            self.row(f"{target}/measured/{seed}", lambda seed=seed: self.allocate("measured", target, seed))
+            for name in searches:
+                self.row(f"{target}/{name}/{seed}", lambda name=name, seed=seed: self.search(name, target, seed))
+
+    def allocate(self, strategy: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
+        """A schedule by formula or by table."""
+        prompts = self.demo.demo.prompts(2 * PROBES)
+        allocation = self.demo.allocate(
+            self.bank, target, strategy=strategy, steps=STEPS, stages=STAGES, prompts=prompts, seed=20_000 * (seed + 1)
+        )
+        return allocation.schedule, {"macs": allocation.executed.share}
+
+    def search(self, name: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
+        """A schedule by evolution, with its cost and its course."""
+        published = SearchSettings.published("dit", seed=seed)
+        result = stageprune.search(
+            self.demo.pipe,
+            self.bank,
+            target=target,
+            settings=SearchSettings(seed=seed) if name == "ours" else published,
+            guidance=self.demo.recipe.guidance,
+            steps=STEPS,
+            stages=STAGES,
+            prompts=self.demo.demo.prompts(2 * PROBES),
+            seed=20_000 * (seed + 1),
+        )
+        facts = result.to_dict()
+        course = [[each["steps"], each["fitness"][0]] for each in facts["history"]]
+        return result.schedule, {
+            "macs": result.executed.share,
+            "fitness": result.best.search,
+            "held_out": result.best.held_out,
+            "denoiser_steps": result.cost.total,
+            "cost": facts["cost"],
+            "course": course,
+        }
+
+    def row(self, key: str, choose: Any) -> None:
+        """Choose a schedule and judge it on images that no strategy has seen."""
+        if key in self.data["rows"]:
+            return
+        started = time.perf_counter()
+        schedule, facts = choose()
+        facts |= {"seconds": time.perf_counter() - started, "levels": schedule.levels}
+        with applied(self.demo.host, self.bank) as pruner:
+            pruner.schedule = schedule
+            found = [self.sample(index) for index in range(SETS)]
+        errors = [float(mse(latents, dense).mean()) for latents, dense in zip(found, self.dense, strict=True)]
+        images = [self.demo.images(latents) for latents in found]
+        self.data["rows"][key] = {
+            **facts,
+            "latent_mse": mean_and_spread(errors),
+            "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),
+            "frechet_pooled": frechet(
+                self.demo.judge, torch.cat([self.demo.judge.features(each).double() for each in images])
+            ),
+        }
+        write_results(f"strategies-{self.demo.name}", self.data)
+        row = self.data["rows"][key]
+        print(
+            self.demo.name,
+            key,
+            f"error {row['latent_mse']['mean']:.5f}, accuracy {row['accuracy']['mean']:.3f}, {row['seconds']:.0f} s",
+            list(schedule.levels),
+            flush=True,
+        )
+
+    def accuracy(self, index: int, images: Tensor) -> float:
+        """Share of the images that show what was asked for."""
+        prompts = self.demo.prompts(COUNT, index * COUNT)
+        wanted = self.demo.judge.wanted(prompts, self.demo.host.encode(prompts)) or []
+        return float(self.demo.judge.hits(images, wanted).double().mean())
+
+    @torch.no_grad()
+    def sample(self, index: int) -> Tensor:
+        """Latents of a seed set, by whatever the denoiser is set to."""
+        begin = index * COUNT
+        return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), STEPS, begin)
+
+
+if __name__ == "__main__":
+    main()
