@@ -7,7 +7,7 @@
 """
 
 from .core.api import allocate, calibrate, evaluate, prune
-from .core.api_search import search
+from .core.api_search import compare, search
 from .core.api_static import export, sparsify
 from .core.bundle import Bundle, load_bundle
 from .core.calibration import Calibration
@@ -24,6 +24,7 @@ from .core.hosts.diffusers.attach import (
 )
 from .core.planning import (
     Allocation,
+    Comparison,
     ErrorTable,
     Fitness,
     MosaicSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "Bank",
     "Bundle",
     "Calibration",
+    "Comparison",
     "ErrorTable",
     "Fitness",
     "InputSize",
@@ -62,6 +64,7 @@ __all__ = [
     "attach",
     "calibrate",
     "check_slice_equals_mask",
+    "compare",
     "detach",
     "disable_stage_pruning",
     "enable_stage_pruning",

@@ -305,6 +305,8 @@ def evaluate(
     batch_size: int = 32,
     judge: Judge | str | Path | None = None,
     allocation: _planning.Allocation | None = None,
+    search: _planning.SearchResult | None = None,
+    comparison: _planning.Comparison | None = None,
     command: str | None = None,
 ) -> _evaluation.Report:
     """Compare a bundle's schedule with dense, uniform, magnitude and dense with fewer steps, all on the same seeds.
@@ -321,6 +323,8 @@ def evaluate(
         batch_size: samples that run together; each batch is a round of timing.
         judge: a classifier for class accuracy and Frechet distance, or its folder.
         allocation: adds the error table, and how well it predicted, to the report.
+        search: adds the course of the search that found the schedule.
+        comparison: adds strategies side by side, from `compare`.
         command: what made the report, printed in it.
 
     Returns:
@@ -344,5 +348,7 @@ def evaluate(
         batch_size=batch_size,
         judge=Judge.load(judge) if isinstance(judge, str | Path) else judge,
         allocation=allocation,
+        search=search,
+        comparison=comparison,
         command=command,
     )

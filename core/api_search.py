@@ -1,4 +1,4 @@
-"""The public function `search`."""
+"""The public functions `search` and `compare`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .distributed import processes_here
 from .evaluation import Judge
 from .host import Prompt
 from .hosts.diffusers import Size
-from .planning import Fitness, MosaicSettings, SearchResult, SearchSettings, Stages
+from .planning import Comparison, Fitness, MosaicSettings, SearchResult, SearchSettings, Stages
 from .planning.search.fitness import Measure
 from .pruning import Bank
 from .schedule import StageSchedule
@@ -101,4 +101,57 @@ def search(
         checkpoint=checkpoint,
         mosaic=mosaic,
         processes=processes_here(),
+    )
+
+
+def compare(
+    pipe: Any,
+    bank: Bank,
+    *,
+    targets: Sequence[str | float] = _planning.DEFAULT_TARGETS,
+    strategies: Sequence[str] = _planning.DEFAULT_STRATEGIES,
+    prompts: Sequence[Prompt] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: Size | None = None,
+    seed: int = 10_000,
+    batch_size: int = 32,
+    mosaic: MosaicSettings | None = None,
+) -> Comparison:
+    """Which way of making images for less serves this model best: each strategy under each budget, on seeds that none
+    has planned on, beside the dense model with fewer steps.
+
+    Args:
+        pipe: the pipeline that the bank was made from.
+        bank: the levels to choose from.
+        targets: budgets, as of `allocate`, all of one kind.
+        strategies: of `allocate`, and `fewer steps`: the dense model at the sampler's own spacing.
+        prompts: of the probes; the calibration's first 64 by default. Up to 32 of them are also judged on.
+        steps: of the dense run that budgets are shares of; those of the calibration by default.
+        guidance: guidance scale; that of the calibration by default.
+        size: of the images in pixels, a side or (height, width); what the bank was made for by default.
+        seed: first seed of planning; judging takes others.
+        batch_size: probes that run together.
+        mosaic: parameters of MosaicDiff's closed form.
+
+    Returns:
+        A `Comparison`: `print` shows a table; `evaluate(..., comparison=...)` adds it to a report.
+
+    Raises:
+        AllocationError: no such strategy, budgets of different kinds, or nothing fits into any of them.
+
+    Example:
+        >>> print(stageprune.compare(pipe, bank, targets=[0.8, 0.5], strategies=["fewer steps", "measured", "joint"]))
+    """
+    return _planning.compare(
+        host_at(pipe, size, bank),
+        bank,
+        targets=targets,
+        strategies=strategies,
+        prompts=prompts,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch_size,
+        mosaic=mosaic,
     )

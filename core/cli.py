@@ -40,11 +40,12 @@ from .cli_options import (
     load,
     numbers,
     pixels,
+    read_json,
     read_prompts,
     show_pipeline,
     stages_of,
 )
-from .cli_search import search
+from .cli_search import compare, search
 from .cli_static import export, sparsify
 
 console = Console(stderr=True)
@@ -117,7 +118,7 @@ def allocate(
     typer.echo(f"saved to {out}")
 
 
-for verb in (search, sparsify, export):
+for verb in (search, compare, sparsify, export):
     app.command()(verb)
 
 
@@ -172,6 +173,8 @@ def evaluate(
     size: Size = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 20_000,
     judge: JudgeFolder = None,
+    search: Annotated[Path | None, typer.Option(help="What `search --history` wrote: adds how it went.")] = None,
+    comparison: Annotated[Path | None, typer.Option(help="What `compare` wrote: adds strategies side by side.")] = None,
     batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -179,6 +182,7 @@ def evaluate(
     """Compare the bundle with dense, uniform, magnitude and fewer steps; write an HTML and a JSON report."""
     from .api import evaluate as run
     from .bundle import Bundle
+    from .planning import Comparison, SearchResult
 
     loaded = Bundle.load(bundle)
     pipeline = load(pipe, device, dtype)
@@ -193,6 +197,8 @@ def evaluate(
         seed=seed,
         judge=judge or default_judge(pipe),
         batch_size=batch_size,
+        search=None if search is None else SearchResult.from_dict(read_json(search)),
+        comparison=None if comparison is None else Comparison.from_dict(read_json(comparison)),
         command="stageprune " + " ".join(sys.argv[1:]),
     )
     page = report.save(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,6 +144,14 @@ Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mp
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
 FULL_SIZE = "dit-xl, sd15, sdxl, sd3-medium, sd35-medium, sd35-large, flux-dev"
+
+
+def read_json(path: Path) -> Any:
+    """What an earlier verb wrote. StagePruneError names the file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StagePruneError(f"{path}: cannot be read as JSON ({error}).") from None
 
 
 def words(text: str) -> list[str]:

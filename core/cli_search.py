@@ -1,4 +1,4 @@
-"""The verb `search`, with the options that it alone has."""
+"""The verbs `search` and `compare`, with the options that they alone have."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .cli_options import (
     pixels,
     read_prompts,
     stages_of,
+    words,
 )
 from .errors import StagePruneError
 
@@ -143,6 +144,56 @@ def search(
             temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", "utf-8")
     part.unlink(missing_ok=True)
     typer.echo(f"{result}\nsaved to {out}")
+
+
+def compare(
+    pipe: Pipe,
+    bundle: BundleArgument,
+    out: Out = Path("out/comparison.json"),
+    targets: Annotated[
+        str, typer.Option(help="Budgets, separated by commas, as --target of `allocate` takes them, all of one kind.")
+    ] = "0.9,0.8,0.7,0.6,0.5",
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: those of `allocate`, and `fewer steps`, the dense model with as many steps as "
+            "the budget pays for."
+        ),
+    ] = "fewer steps,steps,uniform,mosaic,measured,joint",
+    prompts: Prompts = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    batch_size: Batch = 32,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Try every strategy under several budgets on new seeds, and write the errors as JSON and as a picture. Minutes.
+
+    Which is best differs from model to model, and from budget to budget: fewer steps, pruning, or both.
+    """
+    from .api_search import compare as run
+    from .bundle import Bundle
+    from .evaluation.plan_pictures import comparison_picture
+    from .files import atomic_file
+
+    bank, pipeline = Bundle.load(bundle).bank, load(pipe, device, dtype)
+    found = run(
+        pipeline,
+        bank,
+        targets=words(targets),
+        strategies=words(strategies),
+        prompts=read_prompts(prompts, pipeline) if prompts else None,
+        steps=steps,
+        guidance=guidance,
+        size=pixels(size),
+        batch_size=batch_size,
+    )
+    picture = out.with_suffix(".png")
+    for path, content in ((out, found.to_json().encode()), (picture, comparison_picture(found))):
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+    typer.echo(f"{found}\nsaved to {out} and {picture}")
 
 
 def init_of(text: str | None) -> Any:

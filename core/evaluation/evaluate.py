@@ -14,7 +14,7 @@ from ..bundle import Bundle
 from ..errors import StagePruneError
 from ..groups import Group
 from ..host import Host, Prompt
-from ..planning import Allocation
+from ..planning import Allocation, Comparison, SearchResult
 from ..pruning import Bank
 from ..runtime import StagePruner, StageSummary, pruner_of, summarise
 from ..version import __version__
@@ -50,6 +50,8 @@ def evaluate(
     grid: int = 8,
     curve: bool = True,
     allocation: Allocation | None = None,
+    search: SearchResult | None = None,
+    comparison: Comparison | None = None,
     command: str | None = None,
 ) -> Report:
     """Measure a bundle's schedule against the dense model and against its rivals at about the same cost.
@@ -72,6 +74,8 @@ def evaluate(
         grid: columns of the picture grid.
         curve: also run every level, and dense with fewer steps, on 16 samples.
         allocation: what chose the bundle's schedule: adds its error table and predictions.
+        search: what found the bundle's schedule: adds the course of the search.
+        comparison: of strategies: adds its picture and table.
         command: what made the report, to be printed in it.
 
     Raises:
@@ -88,7 +92,7 @@ def evaluate(
     made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
     guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
-    _check(host, bundle, allocation, count=count, batch_size=batch_size, steps=steps)
+    _check(host, bundle, allocation, search, count=count, batch_size=batch_size, steps=steps)
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     conditions = host.encode(prompts)
@@ -119,6 +123,8 @@ def evaluate(
         layers={group.name: _shares(group, bundle.bank) for group in bundle.bank.groups},
         sparsities=bundle.bank.sparsities,
         layer_allocation=bundle.bank.provenance.get("layer_allocation"),
+        search=search,
+        comparison=comparison,
     )
 
 
@@ -126,7 +132,9 @@ def _shares(group: Group, bank: Bank) -> tuple[float, ...]:
     return tuple(count / group.size for count in bank.kept[group.name])
 
 
-def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers: int) -> None:
+def _check(
+    host: Host, bundle: Bundle, allocation: Allocation | None, search: SearchResult | None, **numbers: int
+) -> None:
     if bundle.schedule is None:
         raise StagePruneError(
             "the bundle has no schedule, so there is nothing to evaluate. Make one with stageprune.allocate and pass "
@@ -141,10 +149,11 @@ def _check(host: Host, bundle: Bundle, allocation: Allocation | None, **numbers:
     if pruner_of(host.denoiser) is not None:
         raise StagePruneError("stage pruning is enabled on this pipeline; call disable_stage_pruning() first.")
     bundle.bank.check_denoiser(host.denoiser)
-    if allocation is not None and allocation.schedule != bundle.schedule:
-        raise StagePruneError(
-            "`allocation` chose another schedule than the bundle's; give the one that chose it, or none."
-        )
+    for name, made in (("allocation", allocation), ("search", search)):
+        if made is not None and made.schedule != bundle.schedule:
+            raise StagePruneError(
+                f"`{name}` chose another schedule than the bundle's; give the one that chose it, or none."
+            )
 
 
 def _summary(host: Host, bundle: Bundle, steps: int) -> StageSummary:

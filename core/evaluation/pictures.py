@@ -43,7 +43,7 @@ def image_grid(groups: Sequence[tuple[str, Pictures]]) -> bytes:
     rows = len(shown[0][1].variants)
     width = _LABELS + sum(widths) + _GROUP_GAP * (len(shown) - 1)
     height = _HEADER + rows * (CELL + _GAP)
-    figure = _figure(width / _DPI, height / _DPI)
+    figure = figure_of(width / _DPI, height / _DPI)
     for row, name in enumerate(shown[0][1].variants):
         y = 1 - (_HEADER + row * (CELL + _GAP) + CELL / 2) / height
         figure.text(8 / width, y, _two_lines(name), va="center", ha="left", fontsize=11)
@@ -59,12 +59,12 @@ def image_grid(groups: Sequence[tuple[str, Pictures]]) -> bytes:
         axes.imshow(montage.numpy(), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         left += span + _GROUP_GAP
-    return _png(figure, tight=False)
+    return png_of(figure, tight=False)
 
 
 def schedule_picture(schedule: StageSchedule, taus: Sequence[float]) -> bytes:
     """Sparsity over tau, with a tick for each denoiser call of the sampler."""
-    figure = _figure(8.4, 2.5)
+    figure = figure_of(8.4, 2.5)
     axes = figure.add_subplot()
     for stage in schedule.stages:
         axes.bar(stage.high, stage.sparsity, stage.low - stage.high, align="edge", color=_BLUE, edgecolor="white")
@@ -77,13 +77,13 @@ def schedule_picture(schedule: StageSchedule, taus: Sequence[float]) -> bytes:
     top = max(0.25, *(level * 1.3 for level in schedule.levels))
     axes.set(xlim=(1.01, -0.01), ylim=(-0.09, top), ylabel="sparsity")
     axes.set_xlabel("noise level tau; sampling runs to the right, ticks are denoiser calls")
-    _plain(axes)
-    return _png(figure)
+    without_frame(axes)
+    return png_of(figure)
 
 
 def curve_picture(points: Sequence[CurvePoint]) -> bytes:
     """Paired error against executed MACs, error on a logarithmic axis."""
-    figure = _figure(8.4, 3.9)
+    figure = figure_of(8.4, 3.9)
     axes = figure.add_subplot()
     for kind, marker in ((UNIFORM, "o-"), (FEWER_STEPS, "s-"), (SCHEDULE, "*"), (MAGNITUDE, "X")):
         chosen = [point for point in points if point.kind == kind and point.latent_mse > 0]
@@ -96,15 +96,15 @@ def curve_picture(points: Sequence[CurvePoint]) -> bytes:
     axes.grid(visible=True, which="both", color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
-    _plain(axes)
-    return _png(figure)
+    without_frame(axes)
+    return png_of(figure)
 
 
 def table_picture(table: ErrorTable) -> bytes:
     """The error table as a heat map: stages down, levels across, colour on a logarithmic scale."""
     errors = torch.tensor(table.errors, dtype=torch.float64)[:, 1:]  # dense has no error
     logs = errors.clamp_min(errors[errors > 0].min() if bool((errors > 0).any()) else 1e-12).log10()
-    figure = _figure(8.4, 0.9 + 0.42 * len(table.errors))
+    figure = figure_of(8.4, 0.9 + 0.42 * len(table.errors))
     axes = figure.add_subplot()
     axes.imshow(logs.numpy(), cmap="viridis_r", aspect="auto")
     middle = float(logs.min() + logs.max()) / 2
@@ -119,7 +119,7 @@ def table_picture(table: ErrorTable) -> bytes:
     axes.tick_params(length=0, labelsize=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def layers_picture(shares: Mapping[str, Sequence[float]], sparsities: Sequence[float]) -> bytes:
@@ -130,7 +130,7 @@ def layers_picture(shares: Mapping[str, Sequence[float]], sparsities: Sequence[f
         sparsities: of the levels.
     """
     kept = torch.tensor(list(shares.values()), dtype=torch.float64).T[1:]
-    figure = _figure(8.4, 1.2 + 0.3 * len(kept))
+    figure = figure_of(8.4, 1.2 + 0.3 * len(kept))
     axes = figure.add_subplot()
     image = axes.imshow(kept.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, ax=axes, label="kept", pad=0.01)
@@ -141,7 +141,7 @@ def layers_picture(shares: Mapping[str, Sequence[float]], sparsities: Sequence[f
     axes.tick_params(length=0, labelsize=7)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _montage(images: Tensor) -> Tensor:
@@ -174,7 +174,8 @@ def _two_lines(name: str) -> str:
     return name
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """A figure of this size in inches that no window knows."""
     with report_extra():
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -183,12 +184,14 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _plain(axes: Axes) -> None:
+def without_frame(axes: Axes) -> None:
+    """Axes on the left and below only."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure, tight: bool = True) -> bytes:
+def png_of(figure: Figure, tight: bool = True) -> bytes:
+    """The file's bytes."""
     stream = io.BytesIO()
     # Twice the pixels for charts, whose letters are small; grids stay at one picture pixel to a whole number of theirs.
     if tight:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
-from ..planning import Allocation
+from ..planning import Allocation, Comparison, SearchResult
 from ..runtime import StageSummary
 from ..schedule import StageSchedule
 from .curve import CURVE_SAMPLES, CurvePoint
 from .extras import report_extra
 from .pictures import curve_picture, image_grid, layers_picture, schedule_picture, table_picture
+from .plan_pictures import comparison_picture, search_picture
 from .rows import Row, scientific, shown_columns, text_table
 from .scores import Pictures
 from .verdict import comparisons, lead
@@ -43,6 +44,8 @@ class Report:
         layers: group name -> share of its units that it keeps at each level of the bank.
         sparsities: of these levels, dense first.
         layer_allocation: how they were divided among the groups, if known.
+        search: how the schedule was searched, if it was.
+        comparison: strategies side by side, if they were compared.
     """
 
     rows: tuple[Row, ...]
@@ -59,6 +62,8 @@ class Report:
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     sparsities: tuple[float, ...] = ()
     layer_allocation: str | None = None
+    search: SearchResult | None = None
+    comparison: Comparison | None = None
 
     def row(self, name: str) -> Row:
         """The row of a variant. KeyError if there is none of this name."""
@@ -84,6 +89,8 @@ class Report:
                 "taus": self.taus,
                 "curve": [asdict(point) for point in self.curve],
                 "allocation": self.allocation.to_dict() if self.allocation else None,
+                "search": self.search.to_dict() if self.search else None,
+                "comparison": self.comparison.to_dict() if self.comparison else None,
                 "layers": dict(self.layers),
                 "sparsities": self.sparsities,
                 "layer_allocation": self.layer_allocation,
@@ -147,6 +154,10 @@ class Report:
             pictures["curve"] = curve_picture(self.curve)
         if self.allocation is not None and self.allocation.table is not None:
             pictures["table"] = table_picture(self.allocation.table)
+        if self.search is not None:
+            pictures["search"] = search_picture(self.search.history, self.search.fitness)
+        if self.comparison is not None:
+            pictures["comparison"] = comparison_picture(self.comparison)
         if self.layers:
             pictures["layers"] = layers_picture(self.layers, self.sparsities)
         return pictures

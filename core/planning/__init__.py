@@ -4,6 +4,8 @@ from . import strategies
 from .allocate import allocate
 from .allocation import Allocation, Candidate, Request, register_strategy
 from .best_levels import best_levels
+from .compare import DEFAULT_STRATEGIES, DEFAULT_TARGETS, FEWER_STEPS, compare
+from .comparison import Comparison, Point
 from .joint import JumpTable
 from .mosaic import MosaicSettings
 from .partitions import PARTITIONS, Stages, divide, register_partition
@@ -12,6 +14,7 @@ from .probes import Probes
 from .sampling import Sampling
 from .search import (
     Fitness,
+    Generation,
     Round,
     SearchResult,
     SearchSettings,
@@ -21,14 +24,20 @@ from .search import (
 from .table import ErrorTable, TableOrigin, measure_error_table
 
 __all__ = [
+    "DEFAULT_STRATEGIES",
+    "DEFAULT_TARGETS",
+    "FEWER_STEPS",
     "PARTITIONS",
     "PATTERNS",
     "Allocation",
     "Candidate",
+    "Comparison",
     "ErrorTable",
     "Fitness",
+    "Generation",
     "JumpTable",
     "MosaicSettings",
+    "Point",
     "Probes",
     "Request",
     "Round",
@@ -39,6 +48,7 @@ __all__ = [
     "TableOrigin",
     "allocate",
     "best_levels",
+    "compare",
     "divide",
     "measure_error_table",
     "register_fitness",

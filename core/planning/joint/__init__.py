@@ -1,7 +1,18 @@
 """Steps and levels together: which noise levels to visit, and what to run there, under one budget."""
 
 from .choose import BALANCED, PAIRED, STEPS, Objective, Plan, plans
-from .jumps import JumpTable, measure_jumps
+from .jumps import JumpTable, grid_points, measure_jumps
 from .program import best_path
 
-__all__ = ["BALANCED", "PAIRED", "STEPS", "JumpTable", "Objective", "Plan", "best_path", "measure_jumps", "plans"]
+__all__ = [
+    "BALANCED",
+    "PAIRED",
+    "STEPS",
+    "JumpTable",
+    "Objective",
+    "Plan",
+    "best_path",
+    "grid_points",
+    "measure_jumps",
+    "plans",
+]

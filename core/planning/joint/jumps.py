@@ -30,6 +30,15 @@ WEIGHED = 10
 """Points at which it is measured how much an error still means at the end; between them it is interpolated."""
 
 
+LEAST_POINTS = 40
+"""Noise levels of the grid, at least."""
+
+
+def grid_points(steps: int) -> int:
+    """How many noise levels a grid has: a multiple of the sampler's own steps, so that these are among them."""
+    return steps * math.ceil(LEAST_POINTS / steps)
+
+
 @dataclass(frozen=True)
 class JumpTable:
     """The price of each jump along dense trajectories, means over probes and values.

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ...errors import SearchError
 from ...schedule import ExecutedCost, StageSchedule, Target
 from ..costs import UNITS
-from .settings import SearchSettings
+from .settings import Round, SearchSettings
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ class SearchResult:
             "fitness": self.fitness,
             "target": str(self.target),
             "spent": self.spent,
+            "executed": asdict(self.executed),
             "macs_share": self.executed.share,
-            "calls": self.executed.calls,
             "finalists": [asdict(finalist) for finalist in self.finalists],
             "start": self.start,
             "dense": self.dense,
@@ -171,6 +172,29 @@ class SearchResult:
             "cost": asdict(self.cost),
             "settings": asdict(self.settings),
         }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SearchResult:
+        """Inverse of `to_dict`, of JSON. SearchError if it is something else."""
+        try:
+            executed, settings = data["executed"], data["settings"]
+            rounds = tuple(Round(**each) for each in settings["rounds"])
+            return cls(
+                schedule=StageSchedule.from_dict(data["schedule"]),
+                fitness=data["fitness"],
+                target=Target.parse(data["target"]),
+                executed=ExecutedCost(tuple(executed["calls"]), tuple(executed["macs"]), executed["dense"]),
+                spent=data["spent"],
+                finalists=tuple(Finalist.from_dict(each) for each in data["finalists"]),
+                start=data["start"],
+                dense=data["dense"],
+                history=tuple(Generation.from_dict(each) for each in data["history"]),
+                reason=data["reason"],
+                cost=Cost(**data["cost"]),
+                settings=SearchSettings(**{**settings, "rounds": rounds}),
+            )
+        except (KeyError, TypeError) as error:
+            raise SearchError(f"the data are no result of a search, or of another version: {error}.") from None
 
     def __str__(self) -> str:
         unit = UNITS[self.target.kind]

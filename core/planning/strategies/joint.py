@@ -12,7 +12,7 @@ from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
 from ..costs import TOLERANCE
-from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, measure_jumps, plans
+from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, grid_points, measure_jumps, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
@@ -20,16 +20,16 @@ from ..joint.runs import Runs
 from ..sampling import Sampling
 from ..table import TableOrigin
 
-LEAST_POINTS = 40
-"""Noise levels of the grid, at least; a multiple of the sampler's own steps."""
-
 LEAST_PROBES = 4
+
+NEARLY = 1.25
+"""Times the least error that a plan which diverges less may have."""
 
 
 @register_strategy("joint", stages=None)
 def joint(request: Request) -> Allocation:
-    """Near the dense model's samples, and distributed like them: of the plans that end no further from dense samples
-    than fewer dense steps and one level everywhere do, the one that diverges least.
+    """Near the dense model's samples, and distributed like them: of the plans that end nearly as near dense samples as
+    the nearest, the one that diverges least.
     """
     return _planned(_Problem(request, BALANCED), "joint", least_divergence=True)
 
@@ -53,14 +53,12 @@ class _Tried:
     Args:
         plan: what was run.
         schedule: that runs it.
-        corner: it is the sampler's own spacing: dense with fewer steps, or one level everywhere.
         error: squared error of the final latents, on held-out probes.
     """
 
     plan: Plan
     schedule: StageSchedule
-    corner: bool
-    error: float = math.nan
+    error: float
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class _Problem:
     @property
     def points(self) -> int:
         """Of the grid."""
-        count = self.request.sampling.steps
-        return count * math.ceil(LEAST_POINTS / count)
+        return grid_points(self.request.sampling.steps)
 
     @cached_property
     def costs(self) -> list[float]:
@@ -143,15 +140,15 @@ def _planned(problem: _Problem, strategy: str, least_divergence: bool = False) -
 def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
     """The best plans by each objective, small changes of one of them, and the corners, run on held-out probes."""
     found = plans(table, problem.costs, problem.budget, problem.objectives)
-    corners = [_Tried(plan, problem.schedule(plan), corner=True) for plan in _corners(problem, table)]
+    corners = _corners(problem, table)
     pruner, points = problem.request.pruner, problem.points
     with progress.bar(2 * len(found) + ROUNDS * TRIES + len(corners), "running plans", "plan") as bar:
         if found:
             probes = Runs(problem.probes(held_out=False), pruner, points, lambda: bar.update(1))
             found += _refined(problem, table, found, probes)
         held_out = Runs(problem.probes(held_out=True), pruner, points, lambda: bar.update(1))
-        every = [*(_Tried(plan, problem.schedule(plan), corner=False) for plan in found), *corners]
-        return [replace(each, error=held_out.error(each.schedule)) for each in every]
+        every = [(plan, problem.schedule(plan)) for plan in (*found, *corners)]
+        return [_Tried(plan, schedule, held_out.error(schedule)) for plan, schedule in every]
 
 
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
@@ -190,8 +187,8 @@ def _chosen(tried: Sequence[_Tried], least_divergence: bool) -> _Tried:
     finite = [each for each in tried if math.isfinite(each.error)]
     if not finite:
         raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
-    bound = min((each.error for each in finite if each.corner), default=math.inf)
-    near = [each for each in finite if each.error <= bound] if least_divergence else []
-    if near:
-        return min(near, key=lambda each: (each.plan.divergence, each.error))
-    return min(finite, key=lambda each: each.error)
+    least = min(finite, key=lambda each: each.error)
+    if not least_divergence:
+        return least
+    near = [each for each in finite if each.error <= NEARLY * least.error]
+    return min(near, key=lambda each: (each.plan.divergence, each.error))

@@ -1,0 +1,178 @@
+"""Strategies side by side over several budgets: which way of making images for less serves this model best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import progress
+from ..errors import AllocationError
+from ..host import Host, Prompt, sample
+from ..pruning import Bank
+from ..runtime import StagePruner, applied
+from ..schedule import StageSchedule, Target
+from .allocate import allocate
+from .allocation import STRATEGIES, Allocation
+from .comparison import Comparison, Point
+from .costs import Budget
+from .defaults import sampling_for
+from .joint import JumpTable, grid_points
+from .mosaic import MosaicSettings
+from .sampling import Sampling
+from .table import ErrorTable
+
+logger = logging.getLogger(__name__)
+
+FEWER_STEPS = "fewer steps"
+"""Not a strategy: the dense model with as many steps as the budget pays for, spaced by the sampler."""
+
+DEFAULT_STRATEGIES = (FEWER_STEPS, "steps", "uniform", "mosaic", "measured", "joint")
+DEFAULT_TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+JUDGED_APART = 1_000_000
+"""Between the seeds of planning and those of judging."""
+
+
+@torch.no_grad()
+def compare(
+    host: Host,
+    bank: Bank,
+    *,
+    targets: Sequence[str | float] = DEFAULT_TARGETS,
+    strategies: Sequence[str] = DEFAULT_STRATEGIES,
+    prompts: Sequence[Prompt] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 10_000,
+    batch_size: int = 32,
+    mosaic: MosaicSettings | None = None,
+) -> Comparison:
+    """Let each strategy plan under each budget, and run what it chose on seeds that none has seen.
+
+    Args:
+        host: the pipeline.
+        bank: the levels to choose from.
+        targets: budgets, as of `allocate`, all of one kind.
+        strategies: of `allocate`; `fewer steps` is the dense model at the sampler's own spacing.
+        prompts: as of `allocate`; up to 32 of them are also what is judged on, with other seeds.
+        steps: of the dense run; those of the calibration by default.
+        guidance: guidance scale; that of the calibration by default.
+        seed: first seed of planning.
+        batch_size: samples that run together.
+        mosaic: parameters of MosaicDiff's closed form.
+
+    Raises:
+        AllocationError: no such strategy, budgets of different kinds, or nothing fits into any of them.
+    """
+    wanted = [Target.parse(target) for target in targets]
+    known = [FEWER_STEPS, *(name for name in STRATEGIES if name != "hand")]
+    if not wanted or len({target.kind for target in wanted}) > 1:
+        raise AllocationError(f"`targets` must be at least one budget, all of one kind; got {list(targets)}.")
+    if not strategies or set(strategies) - set(known):
+        raise AllocationError(f"`strategies` must be some of {', '.join(known)}; got {list(strategies)}.")
+    sampling = sampling_for(
+        host, bank, prompts=prompts, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, mosaic=mosaic
+    )
+    planner = _Planner(sampling, bank)
+    rows = [(target, name, planner.plan(target, name)) for target in wanted for name in dict.fromkeys(strategies)]
+    if all(chosen is None for _, _, chosen in rows):
+        raise AllocationError(f"no strategy meets any of the budgets {', '.join(map(str, wanted))}. Ask for less.")
+    with applied(host, bank) as pruner:
+        judge = _Judging(replace(sampling, prompts=sampling.prompts[:32], seed=seed + JUDGED_APART), pruner)
+        budgets = {target: Budget.of(target, sampling, pruner) for target in wanted}
+        found = [
+            judge.point(name, budgets[target], *chosen)
+            for target, name, chosen in progress.track(rows, "running choices")
+            if chosen is not None
+        ]
+        dense = float(judge.errors(None, sampling.steps).mean())
+    unit = budgets[wanted[0]].unit.name
+    return Comparison(tuple(found), sampling.steps, judge.points, dense, len(judge.sampling.prompts), unit)
+
+
+class _Planner:
+    """What each strategy chooses; tables are measured once.
+
+    Args:
+        sampling: the pipeline with all prompts.
+        bank: the levels to choose from.
+    """
+
+    def __init__(self, sampling: Sampling, bank: Bank) -> None:
+        self.sampling, self.bank = sampling, bank
+        self.table: ErrorTable | None = None
+        self.jumps: JumpTable | None = None
+
+    def plan(self, target: Target, strategy: str) -> tuple[StageSchedule | None, int] | None:
+        """A schedule and its steps; None if the strategy cannot meet the budget."""
+        sampling = self.sampling
+        if strategy == FEWER_STEPS:
+            steps = int(target.share * len(sampling.taus) + 1e-9)
+            return (None, steps) if steps else None
+        try:
+            found = self._allocate(target, strategy)
+        except AllocationError as error:
+            logger.warning("strategy %r at %s: %s", strategy, target, error)
+            return None
+        self.table, self.jumps = found.table or self.table, found.jumps or self.jumps
+        return found.schedule, sampling.steps if found.schedule.taus is None else len(found.schedule.taus)
+
+    def _allocate(self, target: Target, strategy: str) -> Allocation:
+        sampling = self.sampling
+        return allocate(
+            sampling.host,
+            self.bank,
+            target=target,
+            strategy=strategy,
+            prompts=sampling.prompts,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            seed=sampling.seed,
+            batch_size=sampling.batch_size,
+            table=self.table if strategy == "measured" else None,
+            jumps=self.jumps,
+            mosaic=sampling.mosaic,
+        )
+
+
+class _Judging:
+    """Dense samples on a fine grid, and how far others are from them.
+
+    Args:
+        sampling: the pipeline with the probes to judge on.
+        pruner: the bank on its denoiser, dense; left so.
+    """
+
+    def __init__(self, sampling: Sampling, pruner: StagePruner) -> None:
+        self.sampling, self.pruner = sampling, pruner
+        self.points = grid_points(sampling.steps)
+        self.conditions = sampling.host.encode(sampling.prompts)
+        self.reference = self._finals(sampling.host, self.points)
+
+    def point(self, strategy: str, budget: Budget, schedule: StageSchedule | None, steps: int) -> Point:
+        """Run a choice."""
+        errors, dense = self.errors(schedule, steps), len(self.sampling.taus)
+        spent = steps / dense
+        if schedule is not None:
+            spent = budget.share(schedule, schedule.taus or self.sampling.taus, dense)
+        spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
+        return Point(strategy, budget.target.share, spent, steps, float(errors.mean()), spread, schedule)
+
+    def errors(self, schedule: StageSchedule | None, steps: int) -> Tensor:
+        """Squared error of each probe's final latents."""
+        host, dense = self.sampling.host, self.pruner.schedule
+        if schedule is not None:
+            self.pruner.schedule = schedule
+            host = host if schedule.taus is None else host.visiting(schedule.taus)
+        try:
+            return (self._finals(host, steps) - self.reference).square().flatten(1).mean(1)
+        finally:
+            self.pruner.schedule = dense
+
+    def _finals(self, host: Host, steps: int) -> Tensor:
+        sampling = self.sampling
+        seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
+        return sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size).double()
