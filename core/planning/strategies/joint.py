@@ -11,7 +11,6 @@ from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
-from ..costs import TOLERANCE
 from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, grid_points, measure_jumps, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
@@ -91,8 +90,8 @@ class _Problem:
 
     @property
     def budget(self) -> float:
-        """In dense calls."""
-        return (self.request.budget.target.share + TOLERANCE) * len(self.request.sampling.taus)
+        """In dense calls. Without the tolerance of levels alone: there are many ways to fill it."""
+        return self.request.budget.target.share * len(self.request.sampling.taus)
 
     def probes(self, held_out: bool) -> Sampling:
         """The first half of the probes is for planning, the second for the choice."""
@@ -154,7 +153,7 @@ def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
     """What else could be done with the budget: fewer dense steps, or all steps at one level."""
     sampling, budget = problem.request.sampling, problem.budget
-    own = [("fewer steps", math.floor(budget), 0)]
+    own = [("fewer steps", math.floor(budget + 1e-9), 0)]
     affordable = [level for level, cost in enumerate(problem.costs) if cost * len(sampling.taus) <= budget]
     if affordable and not problem.dense:
         own.append(("one level", sampling.steps, min(affordable)))
