@@ -174,9 +174,11 @@ def compare(
     """
     from .api_search import compare as run
     from .bundle import Bundle
+    from .evaluation.extras import require_report_extra
     from .evaluation.plan_pictures import comparison_picture
     from .files import atomic_file
 
+    require_report_extra()  # before minutes of work, not after
     bank, pipeline = Bundle.load(bundle).bank, load(pipe, device, dtype)
     found = run(
         pipeline,

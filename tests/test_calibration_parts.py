@@ -124,9 +124,9 @@ def test_some_tokens_tell_nearly_the_same(whole):
     """Half of them, drawn at random: the mean second moment is that of all within the noise of so few data."""
     some = run(tokens=0.5)
     for path, table in whole.hessians.items():
-        assert some.rows[path].tolist() == [count // 2 for count in whole.rows[path].tolist()]
+        assert some.rows[path].tolist() == pytest.approx([count / 2 for count in whole.rows[path].tolist()], rel=0.3)
         drawn = some.hessians[path] / some.hessians[path][:, -1:, -1:]
-        assert 0 < relative(drawn, table / table[:, -1:, -1:]) < 0.2
+        assert 0 < relative(drawn, table / table[:, -1:, -1:]) < 0.3
     again = run(tokens=0.5)
     assert all(torch.equal(again.hessians[path], table) for path, table in some.hessians.items())
 

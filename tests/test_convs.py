@@ -82,6 +82,20 @@ def test_recorder_in_parts_equals_whole(monkeypatch):
         assert recorder.rows[path].tolist() == [0, 192] and not recorder.hessians[path][0].any()
 
 
+def test_what_is_drawn_does_not_depend_on_the_parts(monkeypatch):
+    denoiser = make("sd15")
+    path = f"{CONV}.conv2"
+    inputs, found = torch.randn(3, 32, 8, 8), []
+    for numbers in (1, 3 * 8 * 288, 10**9):
+        monkeypatch.setattr(sample_rows, "__defaults__", (numbers,))
+        recorder = HessianRecorder(denoiser, {path: 288}, 1, {path: 0.4})
+        recorder.begin(7)
+        recorder.add_batch(path, inputs)
+        found.append((int(recorder.rows[path]), recorder.hessians[path]))
+    assert all(rows == found[0][0] and relative(table, found[0][1]) < 1e-6 for rows, table in found)
+    assert found[0][0] == pytest.approx(0.4 * 192, rel=0.4) and found[0][0] % 3 == 0
+
+
 def dense_patches(denoiser, path, seeds=range(4), steps=8):
     """All rows that the convolution at `path` sees on dense trajectories, float64."""
     rows, host = [], UNetHost(denoiser)

@@ -58,24 +58,23 @@ class HessianRecorder:
         """
         if self.alpha == 0:
             return  # inputs that do not count must not count for the rank either
+        share, draws = self.tokens.get(path, 1.0), self._draws(path)
         for rows in sample_rows(layer_at(self.denoiser, path), inputs.detach()):
-            self._add_rows(path, self._drawn(path, rows).flatten(0, 1).float())
+            if share < 1:
+                chosen = (torch.rand(rows.shape[1], generator=draws) < share).nonzero()[:, 0]
+                rows = rows[:, chosen.to(rows.device)]
+            self._add_rows(path, rows.flatten(0, 1).float())
 
     def begin(self, seed: int) -> None:
         """Trajectories follow; their draws of tokens are those of this seed."""
         self.seed = seed
         self._seen.clear()
 
-    def _drawn(self, path: str, rows: Tensor) -> Tensor:
-        """Some rows of each sample, or all."""
-        share, places = self.tokens.get(path, 1.0), rows.shape[1]
-        if share >= 1:
-            return rows
+    def _draws(self, path: str) -> torch.Generator:
+        """For one call: whichever its parts are, they draw the same numbers one after the other."""
         self._seen[path] += 1
         name = f"{self.seed} {path} {self._seen[path]}"
-        draws = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        chosen = torch.randperm(places, generator=draws)[: max(round(places * share), 1)]
-        return rows[:, chosen.to(rows.device)]
+        return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def _add_rows(self, path: str, rows: Tensor) -> None:
         hessian = self.hessians[path][self.stage]
