@@ -41,8 +41,8 @@ COST = """
 ## What calibrating costs
 
 `python benchmarks/calibration.py`: time over that of just running the pipeline on the same prompts, without decoding;
-medians of interleaved rounds, one thread. By default as many inputs are summed as the Hessians need (about 32 for each
-column); what summing all of them would change is under *tokens* above."""
+medians of interleaved rounds, one thread. By default as many inputs are summed as the Hessians need, about 32 for each
+column and stage (`python benchmarks/ablations.py --only tokens` measures what summing all of them changes)."""
 
 
 def page(methods: Results, ablations: Results, calibration: Results, order: dict[str, Any] | None) -> str:
