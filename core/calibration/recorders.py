@@ -21,8 +21,8 @@ from .taylor import TaylorRecorder
 Layers = Literal["consumers", "all"]
 
 INPUTS_PER_COLUMN = 32
-"""Inputs that are enough for each column of a Hessian: more change its order and compensation by no more than another
-draw would (`python benchmarks/ablations.py --only tokens`).
+"""Inputs that are summed for each column of a Hessian by default; what other shares do to the error is for
+`python benchmarks/ablations.py --only tokens`.
 """
 
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .. import progress
 from ..errors import AllocationError
-from ..host import Host, Prompt, sample
+from ..host import Host, Prompt
 from ..pruning import Bank
-from ..runtime import StagePruner, applied
+from ..runtime import applied
 from ..schedule import StageSchedule, Target
 from .allocate import allocate
 from .allocation import STRATEGIES, Allocation
 from .comparison import Comparison, Point
-from .costs import Budget
+from .costs import UNITS
 from .defaults import sampling_for
-from .joint import JumpTable, grid_points
+from .joint import JumpTable, Runs, grid_points
 from .mosaic import MosaicSettings
 from .sampling import Sampling
 from .table import ErrorTable
@@ -32,6 +31,9 @@ FEWER_STEPS = "fewer steps"
 
 DEFAULT_STRATEGIES = (FEWER_STEPS, "steps", "uniform", "mosaic", "measured", "joint")
 DEFAULT_TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+MOST_JUDGED = 32
+"""Probes that choices are judged on, at most."""
+
 JUDGED_APART = 1_000_000
 """Between the seeds of planning and those of judging."""
 
@@ -78,19 +80,37 @@ def compare(
     )
     planner = _Planner(sampling, bank)
     rows = [(target, name, planner.plan(target, name)) for target in wanted for name in dict.fromkeys(strategies)]
-    if all(chosen is None for _, _, chosen in rows):
+    if all(choice is None for _, _, choice in rows):
         raise AllocationError(f"no strategy meets any of the budgets {', '.join(map(str, wanted))}. Ask for less.")
+    judged = replace(sampling, prompts=sampling.prompts[:MOST_JUDGED], seed=seed + JUDGED_APART)
+    points = grid_points(sampling.steps)
     with applied(host, bank) as pruner:
-        judge = _Judging(replace(sampling, prompts=sampling.prompts[:32], seed=seed + JUDGED_APART), pruner)
-        budgets = {target: Budget.of(target, sampling, pruner) for target in wanted}
+        runs = Runs(judged, pruner, points)
         found = [
-            judge.point(name, budgets[target], *chosen)
-            for target, name, chosen in progress.track(rows, "running choices")
-            if chosen is not None
+            _point(runs, name, target, choice)
+            for target, name, choice in progress.track(rows, "running choices")
+            if choice is not None
         ]
-        dense = float(judge.errors(None, sampling.steps).mean())
-    unit = budgets[wanted[0]].unit.name
-    return Comparison(tuple(found), sampling.steps, judge.points, dense, len(judge.sampling.prompts), unit)
+        dense = float(runs.errors(None).mean())
+    unit = UNITS[wanted[0].kind].name
+    return Comparison(tuple(found), sampling.steps, points, dense, len(judged.prompts), unit)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a strategy chose: a schedule (None is dense), its steps, and its cost over that of the dense run."""
+
+    schedule: StageSchedule | None
+    steps: int
+    spent: float
+
+
+def _point(runs: Runs, strategy: str, target: Target, choice: _Choice) -> Point:
+    """Run a choice."""
+    errors = runs.errors(choice.schedule, choice.steps)
+    spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
+    mean = float(errors.mean())
+    return Point(strategy, target.share, choice.spent, choice.steps, mean, spread, choice.schedule)
 
 
 class _Planner:
@@ -106,19 +126,20 @@ class _Planner:
         self.table: ErrorTable | None = None
         self.jumps: JumpTable | None = None
 
-    def plan(self, target: Target, strategy: str) -> tuple[StageSchedule | None, int] | None:
-        """A schedule and its steps; None if the strategy cannot meet the budget."""
+    def plan(self, target: Target, strategy: str) -> _Choice | None:
+        """None if the strategy cannot meet the budget."""
         sampling = self.sampling
         if strategy == FEWER_STEPS:
             steps = int(target.share * len(sampling.taus) + 1e-9)
-            return (None, steps) if steps else None
+            return _Choice(None, steps, steps / len(sampling.taus)) if steps else None
         try:
             found = self._allocate(target, strategy)
         except AllocationError as error:
             logger.warning("strategy %r at %s: %s", strategy, target, error)
             return None
         self.table, self.jumps = found.table or self.table, found.jumps or self.jumps
-        return found.schedule, sampling.steps if found.schedule.taus is None else len(found.schedule.taus)
+        steps = sampling.steps if found.schedule.taus is None else len(found.schedule.taus)
+        return _Choice(found.schedule, steps, found.spent)
 
     def _allocate(self, target: Target, strategy: str) -> Allocation:
         sampling = self.sampling
@@ -136,43 +157,3 @@ class _Planner:
             jumps=self.jumps,
             mosaic=sampling.mosaic,
         )
-
-
-class _Judging:
-    """Dense samples on a fine grid, and how far others are from them.
-
-    Args:
-        sampling: the pipeline with the probes to judge on.
-        pruner: the bank on its denoiser, dense; left so.
-    """
-
-    def __init__(self, sampling: Sampling, pruner: StagePruner) -> None:
-        self.sampling, self.pruner = sampling, pruner
-        self.points = grid_points(sampling.steps)
-        self.conditions = sampling.host.encode(sampling.prompts)
-        self.reference = self._finals(sampling.host, self.points)
-
-    def point(self, strategy: str, budget: Budget, schedule: StageSchedule | None, steps: int) -> Point:
-        """Run a choice."""
-        errors, dense = self.errors(schedule, steps), len(self.sampling.taus)
-        spent = steps / dense
-        if schedule is not None:
-            spent = budget.share(schedule, schedule.taus or self.sampling.taus, dense)
-        spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
-        return Point(strategy, budget.target.share, spent, steps, float(errors.mean()), spread, schedule)
-
-    def errors(self, schedule: StageSchedule | None, steps: int) -> Tensor:
-        """Squared error of each probe's final latents."""
-        host, dense = self.sampling.host, self.pruner.schedule
-        if schedule is not None:
-            self.pruner.schedule = schedule
-            host = host if schedule.taus is None else host.visiting(schedule.taus)
-        try:
-            return (self._finals(host, steps) - self.reference).square().flatten(1).mean(1)
-        finally:
-            self.pruner.schedule = dense
-
-    def _finals(self, host: Host, steps: int) -> Tensor:
-        sampling = self.sampling
-        seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
-        return sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size).double()

@@ -37,12 +37,12 @@ def visiting(scheduler: Any, taus: Sequence[float]) -> Any:
     listed = original(scheduler)
     config = {name: False for name in OWN_SPACINGS if listed.config.get(name)}
     listed = type(listed).from_config({**listed.config, **config}) if config else copy.deepcopy(listed)
-    moments = _moments(listed, taus)
+    timesteps = _timesteps(listed, taus)
     for name, function in _methods_for(listed).items():
         # An attribute of the instance: the class stays as it is, for saving and for the pipeline's own checks.
         wrapped = functools.wraps(getattr(type(listed), name))(function)
         setattr(listed, name, types.MethodType(wrapped, listed))
-    listed.stageprune_moments = moments
+    listed.stageprune_timesteps = timesteps
     listed.stageprune_original = original(scheduler)
     return listed
 
@@ -68,27 +68,27 @@ def first_order(scheduler: Any) -> Any:
     return DDIMScheduler.from_config({**config, **plain})
 
 
-def _moments(scheduler: Any, taus: Sequence[float]) -> tuple[float, ...]:
+def _timesteps(scheduler: Any, taus: Sequence[float]) -> tuple[float, ...]:
     """The scheduler's timesteps for these noise levels: whole ones unless it matches flows."""
     count = scheduler.config.num_train_timesteps
-    moments = tuple(float(tau) * count for tau in taus)
+    timesteps = tuple(float(tau) * count for tau in taus)
     if not is_flow_matching(scheduler):
-        moments = tuple(float(round(moment)) for moment in moments)
-    falls = all(noisier > cleaner for noisier, cleaner in pairwise(moments))
+        timesteps = tuple(float(round(timestep)) for timestep in timesteps)
+    falls = all(noisier > cleaner for noisier, cleaner in pairwise(timesteps))
     least = 0.0 if is_flow_matching(scheduler) else -1.0
-    if not moments or not falls or not least < moments[-1] or not moments[0] <= count:
+    if not timesteps or not falls or not least < timesteps[-1] or not timesteps[0] <= count:
         raise ScheduleError(
             f"the noise levels of the steps must fall within (0, 1] and differ by a timestep of {count}, got "
             f"{[round(float(tau), 4) for tau in taus]}."
         )
-    return moments
+    return timesteps
 
 
 def _check_count(scheduler: Any, steps: int | None, options: Any) -> None:
     """ScheduleError if the pipeline was asked for another number of steps."""
     given = next((options[name] for name in ("timesteps", "sigmas") if options.get(name) is not None), None)
     asked = steps if steps is not None else None if given is None else len(given)
-    count = len(scheduler.stageprune_moments)
+    count = len(scheduler.stageprune_timesteps)
     if asked != count:
         raise ScheduleError(
             f"this pipeline runs {count} listed noise levels, those of its bundle: call it with num_inference_steps="
@@ -98,14 +98,14 @@ def _check_count(scheduler: Any, steps: int | None, options: Any) -> None:
 
 def _set_by_itself(self: Any, num_inference_steps: int | None = None, device: Any = None, **options: Any) -> None:
     _check_count(self, num_inference_steps, options)
-    type(self).set_timesteps(self, timesteps=[int(moment) for moment in self.stageprune_moments], device=device)
+    type(self).set_timesteps(self, timesteps=[int(timestep) for timestep in self.stageprune_timesteps], device=device)
 
 
 def _set_flow(self: Any, num_inference_steps: int | None = None, device: Any = None, **options: Any) -> None:
     """As its own, but that no shift is applied: the list says where to be."""
     _check_count(self, num_inference_steps, options)
-    self.num_inference_steps = len(self.stageprune_moments)
-    self.timesteps = torch.tensor(self.stageprune_moments, dtype=torch.float32, device=device)
+    self.num_inference_steps = len(self.stageprune_timesteps)
+    self.timesteps = torch.tensor(self.stageprune_timesteps, dtype=torch.float32, device=device)
     sigmas = self.timesteps / self.config.num_train_timesteps
     self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     self._step_index = self._begin_index = None
@@ -116,28 +116,28 @@ def _set_flow_by_sigmas(
 ) -> None:
     """As its own, with other noise levels; a shift that the pipeline asks for has nothing to shift."""
     _check_count(self, num_inference_steps, options)
-    type(self).set_timesteps(self, len(self.stageprune_moments), device=device)
-    self.timesteps = torch.tensor(self.stageprune_moments, dtype=torch.float32, device=device)
+    type(self).set_timesteps(self, len(self.stageprune_timesteps), device=device)
+    self.timesteps = torch.tensor(self.stageprune_timesteps, dtype=torch.float32, device=device)
     sigmas = self.timesteps.cpu() / self.config.num_train_timesteps
     self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def _set_ddim(self: Any, num_inference_steps: int | None = None, device: Any = None, **options: Any) -> None:
     _check_count(self, num_inference_steps, options)
-    self.num_inference_steps = len(self.stageprune_moments)
-    self.timesteps = torch.tensor(self.stageprune_moments, dtype=torch.int64, device=device)
+    self.num_inference_steps = len(self.stageprune_timesteps)
+    self.timesteps = torch.tensor(self.stageprune_timesteps, dtype=torch.int64, device=device)
 
 
 def _step_ddim(self: Any, model_output: Any, timestep: Any, *args: Any, **options: Any) -> Any:
     """DDIM's own step. It takes the next timestep for this one less `num_train_timesteps // num_inference_steps`."""
-    moments = [*self.stageprune_moments, -1.0]
-    place = moments.index(float(timestep))
-    gap = int(moments[place] - moments[place + 1])
+    timesteps = [*self.stageprune_timesteps, -1.0]
+    place = timesteps.index(float(timestep))
+    gap = int(timesteps[place] - timesteps[place + 1])
     self.num_inference_steps = Fraction(self.config.num_train_timesteps, gap)
     try:
         return type(self).step(self, model_output, timestep, *args, **options)
     finally:
-        self.num_inference_steps = len(self.stageprune_moments)
+        self.num_inference_steps = len(self.stageprune_timesteps)
 
 
 _METHODS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -145,7 +145,6 @@ _METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "DDIMScheduler": {"set_timesteps": _set_ddim, "step": _step_ddim},
 }
 """Class -> methods that make it visit a list. Others take `timesteps` themselves."""
-
 
 BY_SIGMAS = ("DPMSolverMultistepScheduler",)
 """Classes that step along `sigmas`, whatever made them, when they match flows."""

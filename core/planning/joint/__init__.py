@@ -3,6 +3,7 @@
 from .choose import BALANCED, PAIRED, STEPS, Objective, Plan, plans
 from .jumps import JumpTable, grid_points, measure_jumps
 from .program import best_path
+from .runs import Runs
 
 __all__ = [
     "BALANCED",
@@ -11,6 +12,7 @@ __all__ = [
     "JumpTable",
     "Objective",
     "Plan",
+    "Runs",
     "best_path",
     "grid_points",
     "measure_jumps",

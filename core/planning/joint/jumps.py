@@ -12,7 +12,8 @@ ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +29,6 @@ from ..table import TableOrigin
 
 WEIGHED = 10
 """Points at which it is measured how much an error still means at the end; between them it is interpolated."""
-
 
 LEAST_POINTS = 40
 """Noise levels of the grid, at least."""
@@ -143,12 +143,14 @@ class _Batch:
         if sparsity:
             with _running(self.pruner, sparsity):
                 clean = self._clean(place, self._advance(self.states[place], place + 1).latents.flatten().double())
-        errors = [
-            _mean_square(self._jump(place, there, clean) - self.latents[there])
-            for there in range(place + 1, len(self.states))
-        ]
-        excess = (clean - self.clean[place:]).square().mean(1) * self.gains[place:]
-        return torch.tensor(errors, dtype=torch.float64), excess.cumsum(0).cpu()
+        errors = torch.stack(
+            [
+                (self._jump(place, there, clean) - self.latents[there]).square().mean()
+                for there in range(place + 1, len(self.states))
+            ]
+        )
+        apart = (clean - self.clean[place:]).square().mean(1).cpu()
+        return errors.cpu(), (apart * self.gains[place:]).cumsum(0)
 
     def growth(self) -> Tensor:
         """What a squared error at each point has become at the end, if the rest is dense; shape (points + 1,).
@@ -183,18 +185,15 @@ class _Batch:
         return self.host.advance(state, self.conditions, self.guidance, until)
 
 
-class _running:
+@contextmanager
+def _running(pruner: StagePruner, sparsity: float) -> Iterator[None]:
     """The denoiser at one level for the length of a block."""
-
-    def __init__(self, pruner: StagePruner, sparsity: float) -> None:
-        self.pruner, self.before = pruner, pruner.schedule
-        self.level = self.before.with_levels([sparsity] * len(self.before.stages))
-
-    def __enter__(self) -> None:
-        self.pruner.schedule = self.level
-
-    def __exit__(self, *_: object) -> None:
-        self.pruner.schedule = self.before
+    before = pruner.schedule
+    pruner.schedule = before.with_levels([sparsity] * len(before.stages))
+    try:
+        yield
+    finally:
+        pruner.schedule = before
 
 
 def _interpolated(known: dict[int, float], points: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plans as they really run: by the sampler's own solver, against the dense model on the fine grid."""
+"""Schedules as they really run: by the sampler's own solver, against the dense model on a fine grid."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..sampling import Sampling
 
 
 class Runs:
-    """Reference samples of some probes, and how far schedules that list their steps end from them.
+    """Reference samples of some probes, and how far others end from them.
 
     Args:
         sampling: the pipeline with the probes.
         pruner: the bank on its denoiser, dense; left so.
         points: steps of the reference.
-        on_run: called after every run of a schedule (for progress).
+        on_run: called after every run (for progress).
     """
 
     def __init__(
@@ -27,24 +27,35 @@ class Runs:
     ) -> None:
         self.sampling, self.pruner, self.on_run = sampling, pruner, on_run
         self.conditions = sampling.host.encode(sampling.prompts)
-        self.seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
         self.reference = self._finals(sampling.host, points)
-        self.known: dict[StageSchedule, float] = {}
+        self._known: dict[StageSchedule, float] = {}
 
     def error(self, schedule: StageSchedule) -> float:
-        """Mean squared error of the final latents; may not be finite."""
-        if schedule not in self.known:
-            taus, dense = schedule.taus or (), self.pruner.schedule
+        """Mean over probes, of a schedule that is run once however often it is asked for; may not be finite."""
+        if schedule not in self._known:
+            self._known[schedule] = float(self.errors(schedule).mean())
+        return self._known[schedule]
+
+    def errors(self, schedule: StageSchedule | None, steps: int | None = None) -> Tensor:
+        """Squared error of each probe's final latents, shape (probes,).
+
+        Args:
+            schedule: None is dense.
+            steps: by default those that the schedule lists, or else the sampling's.
+        """
+        host, dense = self.sampling.host, self.pruner.schedule
+        if schedule is not None:
             self.pruner.schedule = schedule
-            try:
-                made = self._finals(self.sampling.host.visiting(taus), len(taus))
-            finally:
-                self.pruner.schedule = dense
-            self.known[schedule] = float((made - self.reference).square().mean())
-            self.on_run()
-        return self.known[schedule]
+            if schedule.taus is not None:
+                host, steps = host.visiting(schedule.taus), len(schedule.taus)
+        try:
+            made = self._finals(host, steps or self.sampling.steps)
+        finally:
+            self.pruner.schedule = dense
+        self.on_run()
+        return (made - self.reference).square().flatten(1).mean(1)
 
     def _finals(self, host: Host, steps: int) -> Tensor:
         sampling = self.sampling
-        latents = sample(host, self.conditions, self.seeds, steps, sampling.guidance, sampling.batch_size)
-        return latents.double()
+        seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
+        return sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size).double()

@@ -11,11 +11,10 @@ from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
-from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, grid_points, measure_jumps, plans
+from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, Runs, grid_points, measure_jumps, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
-from ..joint.runs import Runs
 from ..sampling import Sampling
 from ..table import TableOrigin
 
