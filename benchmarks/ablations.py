@@ -32,7 +32,10 @@ from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
 TARGETS = (0.67, 0.5)
-STEPS, COUNT, SETS, PROMPTS = 20, 20, 3, 60
+COUNT, SETS, PROMPTS = 20, 3, 60
+STEPS = {"dit-digits": 20, "sdxl-shapes": 8, "flux-shapes": 8}
+"""Denoising steps of calibration and images: few where a call is dear."""
+
 FIRST_SEED = 500_000
 
 
@@ -116,9 +119,9 @@ class Runner:
     """One demo: dense images, calibrations and rows."""
 
     def __init__(self, name: str) -> None:
-        self.demo = Subject(name)
+        self.demo, self.steps = Subject(name), STEPS[name]
         path = RESULTS / f"ablations-{name}.json"
-        fresh = {"demo": name, "images": COUNT, "sets": SETS, "steps": STEPS, "prompts": PROMPTS, "rows": {}}
+        fresh = {"demo": name, "images": COUNT, "sets": SETS, "steps": self.steps, "prompts": PROMPTS, "rows": {}}
         done = json.loads(path.read_text()) if path.exists() else {}
         same = all(done.get(key) == value for key, value in fresh.items() if key != "rows")
         self.data = done if same else fresh
@@ -190,7 +193,7 @@ class Runner:
         made = stageprune.calibrate(
             self.demo.pipe,
             self.demo.demo.prompts(count),
-            steps=STEPS,
+            steps=self.steps,
             guidance=self.demo.recipe.guidance,
             kinds=self.demo.recipe.kinds,
             seed=10_000 * index,
@@ -204,7 +207,7 @@ class Runner:
     def sample(self, index: int) -> Tensor:
         """Latents of a seed set, by whatever the denoiser is set to."""
         begin = index * COUNT
-        return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), STEPS, begin)
+        return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), self.steps, begin)
 
 
 def _ratio(row: dict[str, Any], base: dict[str, Any], target: float) -> float:
