@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import stageprune
 from stageprune.core.api import host_for
+from stageprune.core.bundle import MANIFEST, Bundle
 from stageprune.core.calibration import Calibration
 from stageprune.core.demo import RECIPES, load_demo
 from stageprune.core.environment import describe_environment
@@ -25,6 +27,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEMOS = tuple(RECIPES)
 TARGETS = (0.8, 0.67, 0.5)
 """Budgets: executed MACs over dense."""
+
+MAKE_BANKS = ("bundle", "calibration", "groups", "hosts", "pruning", "runtime")
+"""Packages of `core`."""
 
 
 class Subject:
@@ -47,6 +52,13 @@ class Subject:
         return stageprune.calibrate(
             self.pipe, chosen, steps=steps, guidance=recipe.guidance, stages=stages, kinds=recipe.kinds, tokens=1.0
         )
+
+    def bank(self) -> Bank:
+        """At the demo's levels, made once for each state of the engine's sources and kept in `out/banks`."""
+        folder = ROOT / "out" / "banks" / f"{self.name}-{_sources()}"
+        if not (folder / MANIFEST).is_file():
+            Bundle(self.prune(self.calibrate(self.recipe.calibration_prompts))).save(folder)
+        return Bundle.load(folder).bank
 
     def prune(self, calibration: Calibration | None, **options: Any) -> Bank:
         """At the demo's levels."""
@@ -71,6 +83,14 @@ class Subject:
     def images(self, latents: Tensor, batch_size: int = 100) -> Tensor:
         """Decoded images."""
         return torch.cat([self.host.decode(part) for part in latents.split(batch_size)])
+
+
+def _sources() -> str:
+    """Of everything that a bank depends on: the engine's code."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in MAKE_BANKS for path in (ROOT / "core" / part).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def write_results(name: str, data: dict[str, Any]) -> Path:

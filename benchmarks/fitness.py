@@ -39,7 +39,7 @@ def main() -> None:
 @torch.no_grad()
 def compare(demo: Subject, generations: int) -> dict[str, Any]:
     """Aim -> its schedule and all metrics, on images that no search has seen."""
-    bank = demo.prune(demo.calibrate(demo.recipe.calibration_prompts))
+    bank = demo.bank()
     seeds = range(FIRST_SEED, FIRST_SEED + COUNT)
     dense = demo.sample(seeds, STEPS)
     pictures = demo.images(dense)

@@ -37,7 +37,13 @@ CALLS = (2, 3, 4, 6, 8, 10, 13, 16, 20)
 PRUNED_STEPS = (20, 8, 4)
 """Step counts at which pruning alone is tried."""
 
-TOGETHER = ("steps", "joint", "joint-paired")
+TOGETHER: dict[str, tuple[str, str]] = {
+    "steps": ("steps", "latent_mse"),
+    "joint": ("joint", "latent_mse"),
+    "joint by Frechet": ("joint", "frechet"),
+}
+"""Ways that choose steps: their strategy, and by what it chooses."""
+
 SOLVERS = ("first", "second")
 COUNT, SETS = 40, 3
 FIRST_SEED = 700_000
@@ -68,7 +74,7 @@ class Runner:
         done = json.loads(path.read_text()) if path.exists() else {}
         same = all(done.get(key) == value for key, value in fresh.items())
         self.data = done if same else {**fresh, "rows": {}}
-        self.bank = self.demo.prune(self.demo.calibrate(self.demo.recipe.calibration_prompts))
+        self.bank = self.demo.bank()
         cost = measure_cost(self.demo.host.denoiser, size=self.demo.host.input_size)
         self.costs = {level: macs / cost.dense for level, macs in self.bank.macs(cost).items()}
         self.fine = [self.sample(index, FINE) for index in range(SETS)]
@@ -81,8 +87,8 @@ class Runner:
         self.row("fine", lambda: (None, FINE))
         for calls in budgets:
             self.row(f"{calls}/fewer steps", lambda calls=calls: (None, calls))
-            for strategy in TOGETHER:
-                self.row(f"{calls}/{strategy}", lambda calls=calls, strategy=strategy: self.together(calls, strategy))
+            for way in TOGETHER:
+                self.row(f"{calls}/{way}", lambda calls=calls, way=way: self.together(calls, way))
             for steps in PRUNED_STEPS:
                 if calls >= steps or calls < steps * min(self.costs.values()):
                     continue
@@ -92,9 +98,17 @@ class Runner:
                         lambda calls=calls, strategy=strategy, steps=steps: self.pruned(calls, strategy, steps),
                     )
 
-    def together(self, calls: int, strategy: str) -> tuple[StageSchedule, int]:
+    def together(self, calls: int, way: str) -> tuple[StageSchedule, int]:
         """Steps and levels, or steps alone."""
-        found = self.allocate(target=calls / STEPS, strategy=strategy, steps=STEPS, jumps=self.jumps)
+        strategy, fitness = TOGETHER[way]
+        found = self.allocate(
+            target=calls / STEPS,
+            strategy=strategy,
+            steps=STEPS,
+            jumps=self.jumps,
+            fitness=fitness,
+            judge=self.demo.judge,
+        )
         self.jumps = found.jumps
         return found.schedule, len(found.schedule.taus or ())
 

@@ -16,8 +16,8 @@ HEAD = """# Pruning, fewer steps, or both
 Written by `python benchmarks/write_docs.py` from `benchmarks/results/front-*.json`, which `python benchmarks/front.py`
 measured. A user who wants images for less can make fewer steps, make them at better noise levels (*better steps*,
 `strategy="steps"`), prune all steps (*one level*), prune every stage as far as it bears it (*a level a stage*,
-`strategy="measured"`), or choose steps and levels together (`strategy="joint"`; `"joint-paired"` looks only at the
-distance to the dense model's own samples).
+`strategy="measured"`), or choose steps and levels together (`strategy="joint"`): for samples near the dense model's own
+(the default), or *by Frechet*, for samples near real images (`fitness="frechet"`, with a judge).
 
 Cost is in denoiser calls of the dense model, by executed MACs; the dense run of 20 steps costs 20. *Error* is the
 latent MSE to a dense run of the same solver with 40 steps; *accuracy* the share of images that show what was asked for;
@@ -30,7 +30,7 @@ NAMES = {
     "uniform": "one level",
     "measured": "a level a stage",
     "joint": "steps and levels",
-    "joint-paired": "steps and levels, paired",
+    "joint by Frechet": "steps and levels, by Frechet",
 }
 COLOURS = {
     "fewer steps": "#8c8c8c",
@@ -38,9 +38,9 @@ COLOURS = {
     "uniform": "#dd8452",
     "measured": "#937860",
     "joint": "#c44e52",
-    "joint-paired": "#55a868",
+    "joint by Frechet": "#55a868",
 }
-OURS = ("joint", "joint-paired")
+OURS = ("joint", "joint by Frechet")
 METRICS = {"error": "latent MSE to 40 dense steps", "accuracy": "accuracy", "frechet": "Frechet distance"}
 LOW, HIGH, FEW = 4, 20, 8
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 def measure(demo: Subject) -> list[dict[str, Any]]:
     """Schedules by measured time, then whole images, dense and pruned in turn."""
-    bank = demo.prune(demo.calibrate(demo.recipe.calibration_prompts))
+    bank = demo.bank()
     rows = []
     for asked in SPEEDUPS:
         prompts = demo.demo.prompts(demo.recipe.probes)

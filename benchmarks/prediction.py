@@ -35,7 +35,7 @@ def main() -> None:
 @torch.no_grad()
 def predict(demo: Subject) -> dict[str, Any]:
     """Predicted and measured error of random schedules."""
-    bank = demo.prune(demo.calibrate(demo.recipe.calibration_prompts))
+    bank = demo.bank()
     stages, draws = StageSchedule.from_levels([0.0] * STAGES), random.Random(0)
     prompts = demo.demo.prompts(2 * PROBES)
     options: dict[str, Any] = {"steps": STEPS, "guidance": demo.recipe.guidance}

@@ -56,7 +56,7 @@ class Runner:
         done = json.loads(path.read_text()) if path.exists() else {}
         same = all(done.get(key) == value for key, value in fresh.items())
         self.data = done if same else {**fresh, "rows": {}}
-        self.bank = self.demo.prune(self.demo.calibrate(self.demo.recipe.calibration_prompts))
+        self.bank = self.demo.bank()
         self.dense = [self.sample(index) for index in range(SETS)]
 
     def run(self, target: float, seeds: int, searches: list[str]) -> None:

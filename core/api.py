@@ -17,10 +17,16 @@ from .errors import StagePruneError
 from .evaluation import Judge
 from .host import Host, Prompt
 from .hosts.diffusers import DiffusersHost, Size
-from .planning import ErrorTable, JumpTable, MosaicSettings, Stages
+from .planning import ErrorTable, Fitness, JumpTable, MosaicSettings, Stages
+from .planning.fitness import Measure
 from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation, Predecessors
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
+
+
+def judge_of(judge: Judge | str | Path | None) -> Judge | None:
+    """A judge as it is given, or from its folder."""
+    return Judge.load(judge) if isinstance(judge, str | Path) else judge
 
 
 def host_for(pipe: Any, size: Size | None = None) -> Host:
@@ -233,6 +239,8 @@ def allocate(
     table: ErrorTable | None = None,
     jumps: JumpTable | None = None,
     mosaic: MosaicSettings | None = None,
+    fitness: str | Fitness | Measure = "latent_mse",
+    judge: Judge | str | Path | None = None,
 ) -> _planning.Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler really runs.
 
@@ -243,8 +251,7 @@ def allocate(
             `speedup:1.3` count time, measured on this device; `sparsity:0.3` is the mean of the levels' sparsities.
         strategy: `measured` (error table, exact dynamic programming, check on held-out seeds), `uniform`, `mosaic`
             (MosaicDiff's closed form), `pattern:front`, `back`, `middle`, `ends` or `zigzag` (Diff-ES's fixed shapes),
-            or `hand` with `levels`. `joint` chooses how many steps to make, and where, together with their levels, for
-            samples that are near the dense model's and distributed like them; `joint-paired` only for the former;
+            or `hand` with `levels`. `joint` chooses how many steps to make, and where, together with their levels;
             `steps` chooses only the steps, all dense. Their target is a share of the dense run of `steps`.
         prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
@@ -261,12 +268,16 @@ def allocate(
         table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and size.
         jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
+        fitness: what `joint` and `steps` choose by: a name or function, as for `search`. `latent_mse`, the default, is
+            how near the dense model's own samples are; `frechet`, which wants many prompts, how near real ones.
+        judge: for `frechet` and `accuracy`; a judge or its folder.
 
     Returns:
         An `Allocation`: the schedule, its executed cost, the error table and the candidates that were tried.
 
     Raises:
         AllocationError: no level is cheap enough, a stage is visited by no step, or `table` was measured otherwise.
+        FitnessError: a fitness that cannot be computed.
 
     Example:
         >>> allocation = stageprune.allocate(pipe, bank, target="macs:0.67")
@@ -289,6 +300,8 @@ def allocate(
         table=table,
         jumps=jumps,
         mosaic=mosaic,
+        fitness=fitness,
+        judge=judge_of(judge),
     )
 
 
@@ -346,7 +359,7 @@ def evaluate(
         guidance=guidance,
         seed=seed,
         batch_size=batch_size,
-        judge=Judge.load(judge) if isinstance(judge, str | Path) else judge,
+        judge=judge_of(judge),
         allocation=allocation,
         search=search,
         comparison=comparison,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from . import planning as _planning
-from .api import host_at
+from .api import host_at, judge_of
 from .distributed import processes_here
 from .evaluation import Judge
 from .host import Prompt
 from .hosts.diffusers import Size
 from .planning import Comparison, Fitness, MosaicSettings, SearchResult, SearchSettings, Stages
-from .planning.search.fitness import Measure
+from .planning.fitness import Measure
 from .pruning import Bank
 from .schedule import StageSchedule
 
@@ -97,7 +97,7 @@ def search(
         empty=empty,
         seed=seed,
         batch_size=batch_size,
-        judge=Judge.load(judge) if isinstance(judge, str | Path) else judge,
+        judge=judge_of(judge),
         checkpoint=checkpoint,
         mosaic=mosaic,
         processes=processes_here(),
@@ -117,6 +117,8 @@ def compare(
     seed: int = 10_000,
     batch_size: int = 32,
     mosaic: MosaicSettings | None = None,
+    fitness: str | Fitness | Measure = "latent_mse",
+    judge: Judge | str | Path | None = None,
 ) -> Comparison:
     """Which way of making images for less serves this model best: each strategy under each budget, on seeds that none
     has planned on, beside the dense model with fewer steps.
@@ -133,6 +135,8 @@ def compare(
         seed: first seed of planning; judging takes others.
         batch_size: probes that run together.
         mosaic: parameters of MosaicDiff's closed form.
+        fitness: what all are judged by, and `joint` and `steps` choose by, as for `search`.
+        judge: for `frechet` and `accuracy`; a judge or its folder.
 
     Returns:
         A `Comparison`: `print` shows a table; `evaluate(..., comparison=...)` adds it to a report.
@@ -154,4 +158,6 @@ def compare(
         seed=seed,
         batch_size=batch_size,
         mosaic=mosaic,
+        fitness=fitness,
+        judge=judge_of(judge),
     )

@@ -25,6 +25,7 @@ from .cli_options import (
     Dtype,
     Empty,
     Guidance,
+    JointFitness,
     JudgeFolder,
     Levels,
     Out,
@@ -81,10 +82,12 @@ def allocate(
     levels: Levels = None,
     stages: Stages = None,
     empty: Empty = None,
+    fitness: JointFitness = "latent_mse",
     prompts: Prompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
+    judge: JudgeFolder = None,
     batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -112,6 +115,8 @@ def allocate(
         empty=empty,
         levels=numbers(levels, "--levels") if levels else None,
         batch_size=batch_size,
+        fitness=fitness,
+        judge=judge or default_judge(pipe),
     )
     typer.echo(f"{allocation.table or ''}\n{allocation}".strip())
     Bundle(bank, allocation.schedule).save(out)

@@ -115,7 +115,7 @@ Strategy = Annotated[
         "where the image changes slowly. pattern:front (last steps most), pattern:back (first steps most), "
         "pattern:middle, pattern:ends, pattern:zigzag; pattern:ramp-down and pattern:ramp-up are front and back: "
         "fixed shapes. hand: with --levels. Steps and levels together: joint chooses how many steps, where, and their "
-        "levels; joint-paired the same, only for samples near the dense model's own; steps only the steps, all dense."
+        "levels; steps only the steps, all dense."
     ),
 ]
 Stages = Annotated[
@@ -136,6 +136,19 @@ Empty = Annotated[
 Levels = Annotated[
     str | None,
     typer.Option(help="With --strategy hand: sparsity of each stage, noisiest (first steps) first, as 0,0.5,0.7."),
+]
+FitnessName = Annotated[
+    str,
+    typer.Option(
+        "--fitness",
+        help="What is made as small as possible. How far images are from the dense model's, seed by seed: latent_mse "
+        "(fastest), latent_mae, latent_cosine, latent_snr, image_mse, image_ssim (looks alike), image_frequency (as "
+        "much detail), lpips. How good they are by themselves: frechet (distance to real ones) and accuracy (show what "
+        "was asked for), both by a judge; iqa:NAME, a metric of pyiqa.",
+    ),
+]
+JointFitness = Annotated[
+    str, typer.Option("--fitness", help="With --strategy joint or steps: what they choose by, as for `search`.")
 ]
 JudgeFolder = Annotated[
     Path | None, typer.Option("--judge", help="Folder of a judge. Default: `judge` in the pipeline's folder.")

@@ -14,6 +14,7 @@ from .cli_options import (
     Device,
     Dtype,
     Empty,
+    FitnessName,
     Guidance,
     JudgeFolder,
     Out,
@@ -39,16 +40,6 @@ Init = Annotated[
         "strategy of `allocate` chooses, and small changes of it. A bundle's folder: its schedule, likewise. random: "
         "schedules drawn at random; uniform: one level everywhere, and random ones; patterns: all patterns, and small "
         "changes; hybrid: uniform, patterns and random."
-    ),
-]
-FitnessName = Annotated[
-    str,
-    typer.Option(
-        "--fitness",
-        help="What is made as small as possible. How far images are from the dense model's, seed by seed: latent_mse "
-        "(fastest), latent_mae, latent_cosine, latent_snr, image_mse, image_ssim (looks alike), image_frequency (as "
-        "much detail), lpips. How good they are by themselves: frechet (distance to real ones) and accuracy (show what "
-        "was asked for), both by a judge; iqa:NAME, a metric of pyiqa.",
     ),
 ]
 Preset = Annotated[
@@ -160,10 +151,12 @@ def compare(
             "the budget pays for."
         ),
     ] = "fewer steps,steps,uniform,mosaic,measured,joint",
+    fitness: FitnessName = "latent_mse",
     prompts: Prompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
+    judge: JudgeFolder = None,
     batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -190,6 +183,8 @@ def compare(
         guidance=guidance,
         size=pixels(size),
         batch_size=batch_size,
+        fitness=fitness,
+        judge=judge or default_judge(pipe),
     )
     picture = out.with_suffix(".png")
     for path, content in ((out, found.to_json().encode()), (picture, comparison_picture(found))):

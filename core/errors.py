@@ -30,7 +30,11 @@ class AllocationError(StagePruneError):
 
 
 class SearchError(StagePruneError):
-    """Settings that make no search, a fitness that cannot be computed, or a checkpoint of another search."""
+    """Settings that make no search, or a checkpoint of another search."""
+
+
+class FitnessError(SearchError, AllocationError):
+    """A fitness that there is not, or that cannot be computed: of a search, or of an allocation."""
 
 
 class ExportError(StagePruneError):

@@ -25,7 +25,7 @@ def front_of(demo: str, solver: str) -> dict:
     """What `front.py` writes, made up: error 1 / cost, half of it for steps and levels."""
     rows = {"fine": {"calls": 40.0, "steps": 40}}
     for calls in front.CALLS:
-        for way in ("fewer steps", "steps", "joint", "joint-paired", "uniform, 20 steps", "measured, 4 steps"):
+        for way in ("fewer steps", "steps", "joint", "joint by Frechet", "uniform, 20 steps", "measured, 4 steps"):
             error = {"mean": (0.5 if way.startswith("joint") else 1.0) / calls, "std": 0.0}
             facts = {"calls": float(calls), "steps": calls, "fine": error, "accuracy": {"mean": 0.9}, "frechet": 2.0}
             rows[f"{calls}/{way}"] = facts
@@ -38,7 +38,7 @@ def test_the_page_of_fronts_counts_who_is_best(tmp_path):
     text = front_page.page(fronts, tmp_path)
     budgets = len(front.CALLS) - 1
     assert f"| x | first | steps and levels | {budgets - 1} of {budgets} | {budgets - 1} of {budgets} |" in text
-    assert f"| x | second | steps and levels, paired | {budgets} of {budgets} |" in text and "| 0.50 |" in text
+    assert f"| x | second | steps and levels, by Frechet | {budgets} of {budgets} |" in text and "| 0.50 |" in text
     assert (
         f"| x | first | fewer steps | 0 of {budgets} | {budgets} of {budgets} | {budgets} of {budgets} | 1.00 |" in text
     )

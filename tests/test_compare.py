@@ -134,3 +134,17 @@ def test_all_of_it_in_the_report(dit, bank, comparison, tmp_path):
         stageprune.evaluate(dit, other, **call, search=result)
     with pytest.raises(SearchError, match="no result of a search"):
         SearchResult.from_dict({"schedule": {}})
+
+
+def test_compared_by_any_fitness(dit, bank):
+    """Of the same choices where no fitness chooses; with a standard error by leaving out each probe."""
+    ways = {"strategies": [FEWER_STEPS, "uniform", "joint"], "targets": [0.5], "prompts": PROMPTS, "steps": 4}
+    plain = stageprune.compare(dit, bank, guidance=1.5, **ways)
+    other = stageprune.compare(dit, bank, guidance=1.5, fitness="latent_mae", **ways)
+    assert (plain.fitness, other.fitness) == ("latent_mse", "latent_mae") and str(other).startswith(
+        "latent_mae against"
+    )
+    for mine, theirs in zip(plain.points[:2], other.points[:2], strict=True):
+        assert mine.schedule == theirs.schedule and mine.error**0.5 >= theirs.error > 0 < theirs.standard_error
+    with pytest.raises(AllocationError, match="fitness 'accuracy' needs a `judge`"):
+        stageprune.compare(dit, bank, fitness="accuracy", **ways)

@@ -16,8 +16,8 @@ from stageprune.core.evaluation.metrics import ssim
 from stageprune.core.host import Conditions
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import search
-from stageprune.core.planning.search.fitness import FITNESS, Outcome, fitness_of
-from stageprune.core.planning.search.fitness.images import high_frequency_energy
+from stageprune.core.planning.fitness import FITNESS, Outcome, fitness_of
+from stageprune.core.planning.fitness.images import high_frequency_energy
 from stageprune.core.planning.search.ledger import Ledger
 from stageprune.core.pruning import prune
 from support import make_pipe

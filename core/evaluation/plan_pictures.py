@@ -14,7 +14,6 @@ _STYLES = {
     "uniform": ("#8172b3", "o-"),
     "measured": ("#4c72b0", "o-"),
     "joint": ("#c44e52", "o-"),
-    "joint-paired": ("#55a868", "o-"),
 }
 """Strategy -> colour and marker; others follow matplotlib's cycle."""
 
@@ -39,10 +38,11 @@ def comparison_picture(comparison: Comparison) -> bytes:
         )
     if comparison.dense > 0:
         axes.plot(1.0, comparison.dense, "k*", markersize=13, label=f"dense, {comparison.steps} steps")
-    axes.set_yscale("log")
+    if min(point.error for point in comparison.points) > 0:  # signal-to-noise ratios are not
+        axes.set_yscale("log")
     axes.set(
         xlabel=f"{comparison.unit} / dense run of {comparison.steps} steps",
-        ylabel=f"latent MSE to {comparison.reference_steps} dense steps",
+        ylabel=f"{comparison.fitness} against {comparison.reference_steps} dense steps",
     )
     axes.grid(visible=True, which="both", color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +15,14 @@ from ..schedule import Target
 from .allocation import STRATEGIES, Allocation, Candidate, Entry, Request, Strategy, register_strategy
 from .costs import TOLERANCE, Budget
 from .defaults import DEFAULT_PROBES, DEFAULT_TARGET, partition_for, sampling_for
+from .fitness import Fitness, Measure, fitness_of
 from .joint import JumpTable
 from .mosaic import MosaicSettings
 from .partitions import Stages
 from .table import ErrorTable
+
+if TYPE_CHECKING:
+    from ..evaluation.judge import Judge
 
 __all__ = [
     "DEFAULT_PROBES",
@@ -52,6 +57,8 @@ def allocate(
     table: ErrorTable | None = None,
     jumps: JumpTable | None = None,
     mosaic: MosaicSettings | None = None,
+    fitness: str | Fitness | Measure = "latent_mse",
+    judge: Judge | None = None,
 ) -> Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler executes.
 
@@ -63,10 +70,9 @@ def allocate(
             `sparsity:0.3` the levels' sparsities. `hand` has no budget unless one is given.
         strategy: `uniform`, one level everywhere; `mosaic`, MosaicDiff's closed form; `pattern:front` and the other
             fixed patterns of Diff-ES; `hand`, the given `levels`; `measured`, exact dynamic programming over a
-            measured error table, whose best choices are then run on held-out seeds; or steps and levels together, so
-            that the schedule lists its steps: `joint`, for samples both near the dense model's and distributed like
-            them, `joint-paired`, only for the former, or `steps`, the same for the dense model. Their `target` is a
-            share of the dense run of `steps`.
+            measured error table, whose best choices are then run on held-out seeds; or, so that the schedule lists its
+            steps, `joint`, steps and levels together, or `steps`, those of the dense model. Their `target` is a share
+            of the dense run of `steps`.
         prompts: probe prompts; half fill the error table, half are held out. The calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.
@@ -83,9 +89,13 @@ def allocate(
             measuring it again for another target.
         jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
+        fitness: what `joint` and `steps` choose by, as for `search`, against a dense run on a fine grid.
+        judge: what the fitnesses `frechet` and `accuracy` ask.
 
     Raises:
-        AllocationError: no level is cheap enough, a stage is visited by no step, or `table` was measured otherwise.
+        AllocationError: no level is cheap enough, a stage is visited by no step, `table` was measured otherwise, or the
+            strategy takes no fitness.
+        FitnessError: a fitness that cannot be computed.
         ScheduleError: boundaries or levels that make no schedule of this bank.
     """
     sampling = sampling_for(
@@ -108,8 +118,13 @@ def allocate(
         raise AllocationError(
             f"strategy {strategy!r} makes stages of its own, around the steps that it chooses: leave out `stages`."
         )
+    chosen = fitness_of(fitness, judge)
+    if default is not None and chosen.name != "latent_mse":
+        raise AllocationError(
+            f"strategy {strategy!r} takes no `fitness`; `joint` and `steps` do, and `search` finds levels for any."
+        )
     partition = partition_for(sampling, bank, stages, empty, default or 1, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
         budget = Budget.of(wanted, sampling, pruner)
-        return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table, jumps))
+        return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table, jumps, chosen))

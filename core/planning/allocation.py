@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..pruning import Bank
 from ..runtime import StagePruner
 from ..schedule import ExecutedCost, StageSchedule, Target, executed_calls, executed_cost
 from .costs import UNITS, Budget
+from .fitness import Fitness, fitness_of
 from .joint.jumps import JumpTable
 from .partitions import Stages
 from .sampling import Sampling
@@ -24,15 +25,13 @@ class Candidate:
         name: what chose it.
         levels: of its stages; of its steps where these are chosen too.
         predicted: its predicted error.
-        measured: its error on held-out seeds.
-        divergence: its predicted divergence from the dense model's law (strategy `joint` only).
+        measured: its error on held-out seeds, or its fitness.
     """
 
     name: str
     levels: tuple[float, ...]
     predicted: float
     measured: float
-    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ class Allocation:
         lines = [str(self.schedule), budget]
         for candidate in self.candidates:
             levels = ", ".join(f"{level:g}" for level in candidate.levels)
-            apart = "" if candidate.divergence is None else f", divergence {candidate.divergence:.2e}"
             lines.append(
-                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}{apart}, "
+                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}, "
                 f"held-out {candidate.measured:.2e}"
             )
         return "\n".join(lines)
@@ -101,6 +99,7 @@ class Request:
         pruner: the bank on the pipeline's denoiser, dense, every level resident; to be left so.
         table: an error table of the same stages, levels and sampling, if there is one already.
         jumps: prices of jumps of the same levels and sampling, if they are there already.
+        fitness: what plans of steps are chosen by.
     """
 
     sampling: Sampling
@@ -110,6 +109,7 @@ class Request:
     pruner: StagePruner
     table: ErrorTable | None = None
     jumps: JumpTable | None = None
+    fitness: Fitness = field(default_factory=lambda: fitness_of("latent_mse"))
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -153,7 +153,8 @@ class Entry:
 
     Args:
         run: the strategy.
-        stages: the partition that it works on unless another is asked for; None if it makes stages of its own.
+        stages: the partition that it works on unless another is asked for; None if it chooses steps, and makes stages
+            around them.
     """
 
     run: Strategy
@@ -168,7 +169,7 @@ def register_strategy(name: str, stages: Stages | None = "equal-tau") -> Callabl
 
     Args:
         name: as users give it.
-        stages: the partition that it works on by default; None if it makes stages of its own.
+        stages: the partition that it works on by default; None if it chooses steps.
     """
 
     def register(function: Strategy) -> Strategy:

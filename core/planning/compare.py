@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,10 +20,14 @@ from .allocation import STRATEGIES, Allocation
 from .comparison import Comparison, Point
 from .costs import UNITS
 from .defaults import sampling_for
+from .fitness import Fitness, Measure, fitness_of
 from .joint import JumpTable, Runs, grid_points
 from .mosaic import MosaicSettings
 from .sampling import Sampling
 from .table import ErrorTable
+
+if TYPE_CHECKING:
+    from ..evaluation.judge import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,8 @@ def compare(
     seed: int = 10_000,
     batch_size: int = 32,
     mosaic: MosaicSettings | None = None,
+    fitness: str | Fitness | Measure = "latent_mse",
+    judge: Judge | None = None,
 ) -> Comparison:
     """Let each strategy plan under each budget, and run what it chose on seeds that none has seen.
 
@@ -65,9 +72,12 @@ def compare(
         seed: first seed of planning.
         batch_size: samples that run together.
         mosaic: parameters of MosaicDiff's closed form.
+        fitness: what all are judged by, and `joint` and `steps` choose by, as for `search`.
+        judge: what the fitnesses `frechet` and `accuracy` ask.
 
     Raises:
         AllocationError: no such strategy, budgets of different kinds, or nothing fits into any of them.
+        FitnessError: a fitness that cannot be computed.
     """
     wanted = [Target.parse(target) for target in targets]
     known = [FEWER_STEPS, *(name for name in STRATEGIES if name != "hand")]
@@ -75,25 +85,26 @@ def compare(
         raise AllocationError(f"`targets` must be at least one budget, all of one kind; got {list(targets)}.")
     if not strategies or set(strategies) - set(known):
         raise AllocationError(f"`strategies` must be some of {', '.join(known)}; got {list(strategies)}.")
+    chosen = fitness_of(fitness, judge)
     sampling = sampling_for(
         host, bank, prompts=prompts, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, mosaic=mosaic
     )
-    planner = _Planner(sampling, bank)
+    planner = _Planner(sampling, bank, chosen)
     rows = [(target, name, planner.plan(target, name)) for target in wanted for name in dict.fromkeys(strategies)]
     if all(choice is None for _, _, choice in rows):
         raise AllocationError(f"no strategy meets any of the budgets {', '.join(map(str, wanted))}. Ask for less.")
     judged = replace(sampling, prompts=sampling.prompts[:MOST_JUDGED], seed=seed + JUDGED_APART)
     points = grid_points(sampling.steps)
     with applied(host, bank) as pruner:
-        runs = Runs(judged, pruner, points)
+        runs = Runs(judged, pruner, points, chosen)
         found = [
             _point(runs, name, target, choice)
             for target, name, choice in progress.track(rows, "running choices")
             if choice is not None
         ]
-        dense = float(runs.errors(None).mean())
+        dense = chosen.reduce(runs.statistics(None))
     unit = UNITS[wanted[0].kind].name
-    return Comparison(tuple(found), sampling.steps, points, dense, len(judged.prompts), unit)
+    return Comparison(tuple(found), sampling.steps, points, dense, len(judged.prompts), unit, chosen.name)
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,9 @@ class _Choice:
 
 def _point(runs: Runs, strategy: str, target: Target, choice: _Choice) -> Point:
     """Run a choice."""
-    errors = runs.errors(choice.schedule, choice.steps)
-    spread = float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else 0.0
-    mean = float(errors.mean())
-    return Point(strategy, target.share, choice.spent, choice.steps, mean, spread, choice.schedule)
+    statistics, fitness = runs.statistics(choice.schedule, choice.steps), runs.fitness
+    value, spread = fitness.reduce(statistics), fitness.standard_error(statistics)
+    return Point(strategy, target.share, choice.spent, choice.steps, value, spread, choice.schedule)
 
 
 class _Planner:
@@ -119,10 +129,11 @@ class _Planner:
     Args:
         sampling: the pipeline with all prompts.
         bank: the levels to choose from.
+        fitness: what steps are chosen by.
     """
 
-    def __init__(self, sampling: Sampling, bank: Bank) -> None:
-        self.sampling, self.bank = sampling, bank
+    def __init__(self, sampling: Sampling, bank: Bank, fitness: Fitness) -> None:
+        self.sampling, self.bank, self.fitness = sampling, bank, fitness
         self.table: ErrorTable | None = None
         self.jumps: JumpTable | None = None
 
@@ -156,4 +167,5 @@ class _Planner:
             table=self.table if strategy == "measured" else None,
             jumps=self.jumps,
             mosaic=sampling.mosaic,
+            fitness=self.fitness if STRATEGIES[strategy].stages is None else "latent_mse",
         )

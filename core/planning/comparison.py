@@ -19,8 +19,8 @@ class Point:
         target: the budget's share of the dense cost.
         spent: cost over that of the dense run, in the target's unit.
         steps: denoiser calls that it makes.
-        error: mean squared error of the final latents to dense ones on a fine grid, on seeds that no strategy has seen.
-        standard_error: of that mean.
+        error: the fitness against dense samples on a fine grid, on seeds that no strategy has seen.
+        standard_error: of it, over seeds.
         schedule: what it chose; None is dense.
     """
 
@@ -44,6 +44,7 @@ class Comparison:
         dense: error of the dense run of `steps` itself.
         probes: samples that errors are means over.
         unit: what budgets count in.
+        fitness: what `error` is.
 
     Example:
         >>> print(stageprune.compare(pipe, bank, targets=[0.8, 0.5]))
@@ -55,6 +56,7 @@ class Comparison:
     dense: float
     probes: int
     unit: str
+    fitness: str = "latent_mse"
 
     def best(self, target: float) -> Point:
         """The point of least error under a budget. KeyError if none was measured."""
@@ -94,8 +96,8 @@ class Comparison:
 
     def __str__(self) -> str:
         lines = [
-            f"Latent error to {self.reference_steps} dense steps, {self.probes} probes; budgets are shares of the "
-            f"{self.unit} of {self.steps} dense steps, whose own error is {self.dense:.2e}",
+            f"{self.fitness} against {self.reference_steps} dense steps, {self.probes} probes; budgets are shares of "
+            f"the {self.unit} of {self.steps} dense steps, which by themselves have {self.dense:.2e}",
             "  target  strategy       spent  steps      error",
         ]
         best = {target: self.best(target) for target in {point.target for point in self.points}}

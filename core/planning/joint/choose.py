@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from ...schedule import StageSchedule
 from .jumps import JumpTable
@@ -16,40 +15,38 @@ from .program import Path, best_path
 
 @dataclass(frozen=True)
 class Objective:
-    """What a plan makes small: an error of the final latents plus a share of divergence, each over its least.
+    """What a plan makes small, and with which levels.
 
     Args:
         name: for the list of candidates.
-        length: errors add up as lengths (all one way), not as squares (independent).
-        divergence: how much divergence counts beside the error.
-        dense: at the dense level only: optimised steps.
+        length: errors of jumps add up as lengths (all one way), not as squares (independent).
+        first: the first level that may be used, by its number.
+        last: the last one.
     """
 
     name: str
     length: bool = False
-    divergence: float = 0.0
-    dense: bool = False
+    first: int = 0
+    last: int | None = None
 
 
-PAIRED = (
-    Objective("squares"),
-    Objective("lengths", length=True),
-    Objective("dense, squares", dense=True),
-    Objective("dense, lengths", length=True, dense=True),
-)
-"""For samples near the dense model's own."""
+def objectives(sparsities: Sequence[float], dense: bool = False) -> tuple[Objective, ...]:
+    """By which plans are made that are worth a run.
 
-STEPS = tuple(objective for objective in PAIRED if objective.dense)
-"""For the dense model with fewer steps at better places."""
+    Where high levels only are allowed, the same budget pays for more steps: such plans end further from the dense
+    model's own samples, and may still be nearer to its law.
 
-BALANCED = (
-    *PAIRED,
-    Objective("squares + divergence / 8", divergence=0.125),
-    Objective("squares + divergence", divergence=1.0),
-    Objective("lengths + divergence / 2", length=True, divergence=0.5),
-    Objective("lengths + divergence", length=True, divergence=1.0),
-)
-"""For these, and for samples that are distributed as the dense model's are."""
+    Args:
+        sparsities: the levels.
+        dense: at the dense level only: optimised steps.
+    """
+    last = 0 if dense else None
+    both = (Objective("squares", last=last), Objective("lengths", length=True, last=last))
+    if dense:
+        return both
+    steps = tuple(Objective(f"dense, {each.name}", each.length, last=0) for each in both)
+    pruned = (Objective(f"at least {level:g}", first=number) for number, level in enumerate(sparsities) if number)
+    return (*both, *steps, *pruned)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class Plan:
         taus: noise level of each call, falling.
         levels: its sparsity.
         predicted: squared error of the final latents if those of the jumps are independent.
-        divergence: see `JumpTable`.
         path: over the grid.
     """
 
@@ -69,7 +65,6 @@ class Plan:
     taus: tuple[float, ...]
     levels: tuple[float, ...]
     predicted: float
-    divergence: float
     path: Path = ()
 
     def schedule(self, edges: Sequence[float] = ()) -> StageSchedule:
@@ -91,9 +86,7 @@ class Plan:
         return min(zip(self.taus, self.levels, strict=True), key=lambda call: abs(call[0] - tau))[1]
 
 
-def plans(
-    table: JumpTable, costs: Sequence[float], budget: float, objectives: Sequence[Objective] = BALANCED
-) -> list[Plan]:
+def plans(table: JumpTable, costs: Sequence[float], budget: float, objectives: Sequence[Objective]) -> list[Plan]:
     """The best plan by each objective, those alike once; none where not even the cheapest level is affordable.
 
     Args:
@@ -102,20 +95,11 @@ def plans(
         budget: in dense calls.
         objectives: what to make small.
     """
-    least: dict[bool, Tensor] = {}
     found: dict[Path, Plan] = {}
-    apart = best_path(table.divergence, costs, budget)
     for objective in objectives:
-        errors = table.final.sqrt() if objective.length else table.final
-        if objective.length not in least:
-            least[objective.length] = _total(errors, best_path(errors, costs, budget))
-        prices = errors
-        if objective.divergence:
-            share = objective.divergence / _total(table.divergence, apart)
-            prices = errors / least[objective.length] + share * table.divergence
-        if objective.dense:
-            prices = prices.clone()
-            prices[:, :, 1:] = torch.inf
+        prices = torch.full_like(table.final, torch.inf)
+        allowed = slice(objective.first, None if objective.last is None else objective.last + 1)
+        prices[:, :, allowed] = (table.final.sqrt() if objective.length else table.final)[:, :, allowed]
         path = best_path(prices, costs, budget)
         if path is not None and path not in found:
             found[path] = plan_of(table, objective.name, path)
@@ -128,8 +112,7 @@ def plan_of(table: JumpTable, name: str, path: Path) -> Plan:
         name,
         tuple(table.taus[here] for here, _, _ in path),
         tuple(table.sparsities[level] for _, _, level in path),
-        float(_total(table.final, path)),
-        float(_total(table.divergence, path)),
+        float(sum(table.final[jump] for jump in path)),
         path,
     )
 
@@ -139,9 +122,3 @@ def nearest_path(table: JumpTable, taus: Sequence[float], level: int) -> Path:
     points = torch.tensor(table.taus)
     places = sorted({int((points - tau).abs().argmin()) for tau in taus} | {0})
     return tuple((here, there, level) for here, there in zip(places, [*places[1:], len(points)], strict=True))
-
-
-def _total(prices: Tensor, path: Path | None) -> Tensor:
-    """Price of a path; a tiny number rather than nothing, to divide by."""
-    total = sum((prices[jump] for jump in path or ()), torch.zeros((), dtype=torch.float64))
-    return total.clamp(min=1e-30)

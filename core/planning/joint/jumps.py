@@ -49,16 +49,12 @@ class JumpTable:
         final: squared error of the final latents that a jump from point i to point j (of `len(taus)`: the end) causes
             at a level, shape (points, points + 1, levels); infinite for j <= i. The local error, times what
             a squared error at j was seen to grow to.
-        divergence: what the jump adds to the divergence of the sample's law from the dense one, same shape: the sum
-            over the points m from i to j of 1/2 (SNR(m + 1) - SNR(m)) |c - c_dense(m)|^2, the discrete-time loss of
-            variational diffusion models (arXiv 2107.00630, equation 13) with the dense denoiser as its truth.
         origin: what it was measured with.
     """
 
     taus: tuple[float, ...]
     sparsities: tuple[float, ...]
     final: Tensor
-    divergence: Tensor
     origin: TableOrigin
 
 
@@ -85,7 +81,7 @@ def measure_jumps(sampling: Sampling, pruner: StagePruner, points: int) -> JumpT
     levels = [*host.noise_levels(grid), NoiseLevel(1.0, 0.0)]
     sparsities = pruner.bank.sparsities
     shape = (points, points + 1, len(sparsities))
-    local, divergence = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    local = torch.zeros(shape, dtype=torch.float64)
     growth = torch.zeros(points + 1, dtype=torch.float64)
     prompts, size = sampling.prompts, sampling.batch_size
     batches = range(0, len(prompts), size)
@@ -97,16 +93,13 @@ def measure_jumps(sampling: Sampling, pruner: StagePruner, points: int) -> JumpT
             share = len(part) / len(prompts)
             for place in range(points):
                 for level, sparsity in enumerate(sparsities):
-                    errors, excess = batch.jumps(place, sparsity)
-                    local[place, place + 1 :, level] += share * errors
-                    divergence[place, place + 1 :, level] += share * excess
+                    local[place, place + 1 :, level] += share * batch.jumps(place, sparsity)
                     bar.update(1)
             growth += share * batch.growth()
     later = torch.arange(points + 1)[None, :] > torch.arange(points)[:, None]
     final = (local * growth[None, :, None]).masked_fill(~later[:, :, None], math.inf)
-    divergence = divergence.masked_fill(~later[:, :, None], math.inf)
     origin = TableOrigin.of(sampling.host, pruner.bank, sampling.steps, sampling.guidance)
-    return JumpTable(tuple(grid), sparsities, final, divergence, origin)
+    return JumpTable(tuple(grid), sparsities, final, origin)
 
 
 class _Batch:
@@ -131,26 +124,21 @@ class _Batch:
             raise AllocationError("the dense denoiser's samples are not finite, so nothing can be compared with them.")
         self.states = states
         self.latents = torch.stack([state.latents.flatten().double() for state in states])
-        self.clean = torch.stack([self._clean(place, self.latents[place + 1]) for place in range(points)])
-        snr = [(signal / noise) ** 2 for signal, noise in zip(self.signal[:-1], self.noise[:-1], strict=True)]
-        # At the end there is no noise and the ratio infinite: it goes on as it came.
-        snr.append(snr[-1] * snr[-1] / snr[-2] if len(snr) > 1 and snr[-2] > 0 else snr[-1])
-        self.gains = torch.tensor([0.5 * (after - before) for before, after in pairwise(snr)], dtype=torch.float64)
 
-    def jumps(self, place: int, sparsity: float) -> tuple[Tensor, Tensor]:
-        """Local squared error and divergence of all jumps from `place`, at a level; each of shape (points - place,)."""
-        clean = self.clean[place]
+    def jumps(self, place: int, sparsity: float) -> Tensor:
+        """Local squared errors of all jumps from `place`, at a level, shape (points - place,)."""
+        after = self.states[place + 1]
         if sparsity:
             with _running(self.pruner, sparsity):
-                clean = self._clean(place, self._advance(self.states[place], place + 1).latents.flatten().double())
+                after = self._advance(self.states[place], place + 1)
+        clean = self._clean(place, after.latents.flatten().double())
         errors = torch.stack(
             [
                 (self._jump(place, there, clean) - self.latents[there]).square().mean()
                 for there in range(place + 1, len(self.states))
             ]
         )
-        apart = (clean - self.clean[place:]).square().mean(1).cpu()
-        return errors.cpu(), (apart * self.gains[place:]).cumsum(0)
+        return errors.cpu()
 
     def growth(self) -> Tensor:
         """What a squared error at each point has become at the end, if the rest is dense; shape (points + 1,).

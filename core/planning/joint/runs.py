@@ -1,7 +1,8 @@
-"""Schedules as they really run: by the sampler's own solver, against the dense model on a fine grid."""
+"""Schedules as they really run: by the sampler's own solver, beside the dense model on a fine grid."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -9,35 +10,43 @@ from torch import Tensor
 from ...host import Host, sample
 from ...runtime import StagePruner
 from ...schedule import StageSchedule
+from ..fitness import Fitness, Outcome
 from ..sampling import Sampling
 
 
 class Runs:
-    """Reference samples of some probes, and how far others end from them.
+    """Reference samples of some probes, and how good others are beside them.
 
     Args:
         sampling: the pipeline with the probes.
         pruner: the bank on its denoiser, dense; left so.
         points: steps of the reference.
+        fitness: what is less the better a schedule is.
         on_run: called after every run (for progress).
     """
 
     def __init__(
-        self, sampling: Sampling, pruner: StagePruner, points: int, on_run: Callable[[], object] = lambda: None
+        self,
+        sampling: Sampling,
+        pruner: StagePruner,
+        points: int,
+        fitness: Fitness,
+        on_run: Callable[[], object] = lambda: None,
     ) -> None:
-        self.sampling, self.pruner, self.on_run = sampling, pruner, on_run
+        self.sampling, self.pruner, self.fitness, self.on_run = sampling, pruner, fitness, on_run
         self.conditions = sampling.host.encode(sampling.prompts)
-        self.reference = self._finals(sampling.host, points)
+        self.reference = self._outcome(sampling.host, points)
         self._known: dict[StageSchedule, float] = {}
 
-    def error(self, schedule: StageSchedule) -> float:
-        """Mean over probes, of a schedule that is run once however often it is asked for; may not be finite."""
+    def value(self, schedule: StageSchedule) -> float:
+        """The fitness of a schedule, which is run once however often it is asked for; infinite if it is no number."""
         if schedule not in self._known:
-            self._known[schedule] = float(self.errors(schedule).mean())
+            found = self.fitness.reduce(self.statistics(schedule))
+            self._known[schedule] = found if math.isfinite(found) else math.inf
         return self._known[schedule]
 
-    def errors(self, schedule: StageSchedule | None, steps: int | None = None) -> Tensor:
-        """Squared error of each probe's final latents, shape (probes,).
+    def statistics(self, schedule: StageSchedule | None, steps: int | None = None) -> Tensor:
+        """What the fitness keeps of each probe, shape (probes, numbers).
 
         Args:
             schedule: None is dense.
@@ -49,13 +58,14 @@ class Runs:
             if schedule.taus is not None:
                 host, steps = host.visiting(schedule.taus), len(schedule.taus)
         try:
-            made = self._finals(host, steps or self.sampling.steps)
+            made = self._outcome(host, steps or self.sampling.steps)
         finally:
             self.pruner.schedule = dense
         self.on_run()
-        return (made - self.reference).square().flatten(1).mean(1)
+        return self.fitness.statistics(made, self.reference)
 
-    def _finals(self, host: Host, steps: int) -> Tensor:
+    def _outcome(self, host: Host, steps: int) -> Outcome:
         sampling = self.sampling
         seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
-        return sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size).double()
+        latents = sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size)
+        return Outcome(latents, sampling.prompts, self.conditions, sampling.host.decode)

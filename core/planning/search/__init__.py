@@ -1,6 +1,6 @@
 """Evolutionary search over the levels of all stages, on any fitness."""
 
-from .fitness import FITNESS, Fitness, Outcome, register_fitness
+from ..fitness import FITNESS, Fitness, Outcome, register_fitness
 from .initial import INITIALS
 from .result import Cost, Finalist, Generation, SearchResult
 from .run import search

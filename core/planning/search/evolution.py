@@ -19,8 +19,8 @@ from ...errors import SearchError
 from ...processes import Processes
 from ...schedule import StageSchedule
 from ..allocation import Request
+from ..fitness import Fitness
 from ..sampling import Sampling
-from .fitness import Fitness
 from .initial import Init, Nursery, given_genome, initial_pool
 from .ledger import Ledger
 from .metered import MeteredHost

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...pruning import Bank
 from ...schedule import StageSchedule, Target
+from ..fitness import Fitness
 from ..sampling import Sampling
 from ..table import digest_of
 from .checkpoint import flat
-from .fitness import Fitness
 from .initial import Init
 from .settings import SearchSettings
 

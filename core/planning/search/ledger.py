@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .fitness import Fitness
+from ..fitness import Fitness
 from .space import Genome
 
 

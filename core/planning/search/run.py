@@ -20,12 +20,12 @@ from ...schedule import StageSchedule, Target
 from ..allocation import Request
 from ..costs import Budget
 from ..defaults import DEFAULT_TARGET, partition_for, sampling_for
+from ..fitness import Fitness, Measure, fitness_of
 from ..mosaic import MosaicSettings
 from ..partitions import Stages
 from ..sampling import Sampling
 from .checkpoint import Checkpoint
 from .evolution import Evolution, Task
-from .fitness import Fitness, Measure, fitness_of
 from .identity import identity_of
 from .initial import Init, check_init
 from .ledger import Ledger

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 from ...processes import Processes
-from .fitness import Fitness
+from ..fitness import Fitness
 from .ledger import Ledger
 from .settings import SearchSettings
 from .space import Genome

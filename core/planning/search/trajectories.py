@@ -10,8 +10,8 @@ import torch
 
 from ...host import SamplerState
 from ..allocation import Request
+from ..fitness import Outcome
 from ..sampling import Sampling
-from .fitness import Outcome
 from .footprint import footprint
 from .probes import Block
 from .space import Genome

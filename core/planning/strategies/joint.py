@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
-from ..joint import BALANCED, PAIRED, STEPS, JumpTable, Objective, Plan, Runs, grid_points, measure_jumps, plans
+from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, objectives, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
@@ -20,28 +20,17 @@ from ..table import TableOrigin
 
 LEAST_PROBES = 4
 
-NEARLY = 1.25
-"""Times the least error that a plan which diverges less may have."""
-
 
 @register_strategy("joint", stages=None)
 def joint(request: Request) -> Allocation:
-    """Near the dense model's samples, and distributed like them: of the plans that end nearly as near dense samples as
-    the nearest, the one that diverges least.
-    """
-    return _planned(_Problem(request, BALANCED), "joint", least_divergence=True)
-
-
-@register_strategy("joint-paired", stages=None)
-def joint_paired(request: Request) -> Allocation:
-    """As near the dense model's own samples as can be."""
-    return _planned(_Problem(request, PAIRED), "joint-paired")
+    """Steps and levels."""
+    return _planned(_Problem(request), "joint")
 
 
 @register_strategy("steps", stages=None)
 def steps(request: Request) -> Allocation:
     """The dense model with fewer steps, where they serve best."""
-    return _planned(_Problem(request, STEPS), "steps")
+    return _planned(_Problem(request, dense=True), "steps")
 
 
 @dataclass(frozen=True)
@@ -51,12 +40,12 @@ class _Tried:
     Args:
         plan: what was run.
         schedule: that runs it.
-        error: squared error of the final latents, on held-out probes.
+        value: the fitness, on held-out probes.
     """
 
     plan: Plan
     schedule: StageSchedule
-    error: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -65,16 +54,11 @@ class _Problem:
 
     Args:
         request: the arguments of an allocation.
-        objectives: what plans make small.
+        dense: only steps are chosen.
     """
 
     request: Request
-    objectives: Sequence[Objective]
-
-    @property
-    def dense(self) -> bool:
-        """Whether only steps are chosen."""
-        return all(objective.dense for objective in self.objectives)
+    dense: bool = False
 
     @property
     def points(self) -> int:
@@ -98,6 +82,11 @@ class _Problem:
         half = len(sampling.prompts) // 2
         return sampling.part(half, len(sampling.prompts)) if held_out else sampling.part(0, half)
 
+    def runs(self, held_out: bool, on_run: Callable[[], object]) -> Runs:
+        """Judge of plans, on either half of the probes."""
+        request = self.request
+        return Runs(self.probes(held_out), request.pruner, self.points, request.fitness, on_run)
+
     def schedule(self, plan: Plan) -> StageSchedule:
         """That runs a plan."""
         return plan.schedule(self.request.bank.edges)
@@ -116,7 +105,7 @@ class _Problem:
         return known
 
 
-def _planned(problem: _Problem, strategy: str, least_divergence: bool = False) -> Allocation:
+def _planned(problem: _Problem, strategy: str) -> Allocation:
     prompts = problem.request.sampling.prompts
     if len(prompts) < LEAST_PROBES:
         raise AllocationError(f"strategy {strategy!r} needs at least {LEAST_PROBES} probe prompts, got {len(prompts)}.")
@@ -127,26 +116,23 @@ def _planned(problem: _Problem, strategy: str, least_divergence: bool = False) -
             f"`target` {problem.request.budget.target} allows {problem.budget:.2f} dense calls, and the bank's highest "
             f"level still takes {min(problem.costs):.3f} of one: not a single step fits. Ask for less."
         )
-    chosen = _chosen(tried, least_divergence)
-    candidates = tuple(
-        Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.error, each.plan.divergence)
-        for each in sorted(tried, key=lambda each: (each is not chosen, each.error))
-    )
-    return problem.request.planned(strategy, chosen.schedule, candidates, table)
+    ranked = sorted(tried, key=lambda each: each.value)
+    if math.isinf(ranked[0].value):
+        raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
+    candidates = tuple(Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.value) for each in ranked)
+    return problem.request.planned(strategy, ranked[0].schedule, candidates, table)
 
 
 def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
     """The best plans by each objective, small changes of one of them, and the corners, run on held-out probes."""
-    found = plans(table, problem.costs, problem.budget, problem.objectives)
+    found = plans(table, problem.costs, problem.budget, objectives(table.sparsities, problem.dense))
     corners = _corners(problem, table)
-    pruner, points = problem.request.pruner, problem.points
     with progress.bar(2 * len(found) + ROUNDS * TRIES + len(corners), "running plans", "plan") as bar:
         if found:
-            probes = Runs(problem.probes(held_out=False), pruner, points, lambda: bar.update(1))
-            found += _refined(problem, table, found, probes)
-        held_out = Runs(problem.probes(held_out=True), pruner, points, lambda: bar.update(1))
+            found += _refined(problem, table, found, problem.runs(held_out=False, on_run=lambda: bar.update(1)))
+        held_out = problem.runs(held_out=True, on_run=lambda: bar.update(1))
         every = [(plan, problem.schedule(plan)) for plan in (*found, *corners)]
-        return [_Tried(plan, schedule, held_out.error(schedule)) for plan, schedule in every]
+        return [_Tried(plan, schedule, held_out.value(schedule)) for plan, schedule in every]
 
 
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
@@ -167,26 +153,14 @@ def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
 
 
 def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes: Runs) -> list[Plan]:
-    """The plan that really ends nearest, with small changes, if any is better."""
+    """The plan that a run shows to be the best, with small changes, if any is better."""
 
-    def error_of(plan: Plan) -> float:
-        error = probes.error(problem.schedule(plan))
-        return error if math.isfinite(error) else math.inf
+    def value_of(plan: Plan) -> float:
+        return probes.value(problem.schedule(plan))
 
-    def error_along(path: Path) -> float:
-        return error_of(plan_of(table, "refined", path))
+    def value_along(path: Path) -> float:
+        return value_of(plan_of(table, "refined", path))
 
-    best, levels = min(found, key=error_of), [0] if problem.dense else None
-    path, _ = refine(best.path, table.final, problem.costs, problem.budget, error_along, levels)
+    best, levels = min(found, key=value_of), [0] if problem.dense else None
+    path, _ = refine(best.path, table.final, problem.costs, problem.budget, value_along, levels)
     return [] if path == best.path else [plan_of(table, "refined", path)]
-
-
-def _chosen(tried: Sequence[_Tried], least_divergence: bool) -> _Tried:
-    finite = [each for each in tried if math.isfinite(each.error)]
-    if not finite:
-        raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
-    least = min(finite, key=lambda each: each.error)
-    if not least_divergence:
-        return least
-    near = [each for each in finite if each.error <= NEARLY * least.error]
-    return min(near, key=lambda each: (each.plan.divergence, each.error))

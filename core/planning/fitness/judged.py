@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ....errors import SearchError
+from ...errors import FitnessError
 from .base import Fitness, FitnessRequest, Outcome, register_fitness
 
 if TYPE_CHECKING:
-    from ....evaluation.judge import Judge
+    from ...evaluation.judge import Judge
 
 
 @register_fitness("frechet")
 def frechet(request: FitnessRequest) -> Fitness:
     """Squared Frechet distance to the judge's real images. Few probes overstate it, all candidates' alike."""
-    from ....evaluation.judge import feature_statistics, frechet_distance  # noqa: PLC0415  (it builds on planning)
+    from ...evaluation.judge import feature_statistics, frechet_distance  # noqa: PLC0415  (it builds on planning)
 
     judge = _judge_of(request, "frechet")
 
@@ -37,7 +37,7 @@ def accuracy(request: FitnessRequest) -> Fitness:
     def misses(made: Outcome, _: Outcome) -> Tensor:
         wanted = judge.wanted(made.prompts, made.conditions)
         if wanted is None:
-            raise SearchError(
+            raise FitnessError(
                 f"fitness 'accuracy': a judge of kind {judge.kind!r} cannot check prompts such as {made.prompts[0]!r}."
             )
         return 1 - judge.hits(made.images, wanted).double()
@@ -47,7 +47,7 @@ def accuracy(request: FitnessRequest) -> Fitness:
 
 def _judge_of(request: FitnessRequest, name: str) -> Judge:
     if request.judge is None:
-        raise SearchError(
+        raise FitnessError(
             f"fitness {name!r} needs a `judge`, a small network that scores images; the demo pipelines carry one in "
             "their folder `judge`. Give one, or take a paired fitness such as 'latent_mse'."
         )

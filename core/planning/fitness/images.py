@@ -48,8 +48,8 @@ def image_mse(_: FitnessRequest) -> Fitness:
 def image_ssim(_: FitnessRequest) -> Fitness:
     """1 - structural similarity; Diff-ES's objective for SDXL. Needs the extra `report`."""
     # Evaluation builds on planning, so that only what is asked for may be taken from there.
-    from ....evaluation.extras import report_extra  # noqa: PLC0415
-    from ....evaluation.metrics import ssim  # noqa: PLC0415
+    from ...evaluation.extras import report_extra  # noqa: PLC0415
+    from ...evaluation.metrics import ssim  # noqa: PLC0415
 
     with report_extra():
         import torchmetrics  # noqa: F401, PLC0415  (now, rather than after the first trajectories)

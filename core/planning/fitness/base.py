@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from ....errors import SearchError
-from ....host import Conditions, Prompt
+from ...errors import FitnessError
+from ...host import Conditions, Prompt
 
 if TYPE_CHECKING:
-    from ....evaluation.judge import Judge
+    from ...evaluation.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Fitness:
         probes: least number of probes that `reduce` can do with.
 
     Raises:
-        SearchError: a `floor` beside a `reduce` of one's own.
+        FitnessError: a `floor` beside a `reduce` of one's own.
 
     Example:
         >>> def whiter(made, dense):
@@ -81,23 +82,33 @@ class Fitness:
 
     def __post_init__(self) -> None:
         if self.floor is not None and self.reduce is not mean:
-            raise SearchError(f"fitness {self.name!r}: a `floor` bounds means only; leave it out, or `reduce`.")
+            raise FitnessError(f"fitness {self.name!r}: a `floor` bounds means only; leave it out, or `reduce`.")
 
     def statistics(self, made: Outcome, dense: Outcome) -> Tensor:
         """What is kept of some probes, shape (probes, numbers), float64 on the CPU.
 
         Raises:
-            SearchError: `measure` gave something else.
+            FitnessError: `measure` gave something else.
         """
         values, count = self.measure(made, dense), len(made.latents)
         most = 1 if self.floor is not None else 2
         if not isinstance(values, Tensor) or not 1 <= values.ndim <= most or len(values) != count:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise SearchError(
+            raise FitnessError(
                 f"fitness {self.name!r} must give a tensor with a value (or, without `floor`, a row) for each of "
                 f"{count} probes, got {got}."
             )
         return values.detach().double().cpu().reshape(count, -1)
+
+    def standard_error(self, statistics: Tensor) -> float:
+        """Of the fitness over probes, by leaving out each in turn; 0 where there are too few for that."""
+        from ...evaluation.metrics import jackknife_error  # noqa: PLC0415  (it builds on planning)
+
+        count = len(statistics)
+        if count <= self.probes:
+            return 0.0
+        every = torch.arange(count)
+        return jackknife_error(torch.tensor([self.reduce(statistics[every != out]) for out in every]))
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def fitness_of(fitness: str | Fitness | Measure, judge: Judge | None = None) -> 
     """The fitness of a name, of a user's function, or as it is given.
 
     Raises:
-        SearchError: there is none of that name, it lacks a judge, or a library that it needs is not installed.
+        FitnessError: there is none of that name, it lacks a judge, or a library that it needs is not installed.
     """
     if isinstance(fitness, Fitness):
         return fitness
@@ -145,5 +156,5 @@ def fitness_of(fitness: str | Fitness | Measure, judge: Judge | None = None) -> 
         return Fitness(".".join(str(part) for part in where), fitness)
     name, _, argument = str(fitness).partition(":")
     if name not in FITNESS:
-        raise SearchError(f"`fitness` must be one of {', '.join(sorted(FITNESS))}, or a function; got {fitness!r}.")
+        raise FitnessError(f"`fitness` must be one of {', '.join(sorted(FITNESS))}, or a function; got {fitness!r}.")
     return FITNESS[name](FitnessRequest(judge, argument))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....errors import SearchError
+from ...errors import FitnessError
 from .base import Fitness, FitnessRequest, Outcome, register_fitness
 
 
@@ -32,7 +32,7 @@ def iqa(request: FitnessRequest) -> Fitness:
     """
     library = _library("pyiqa", "iqa")
     if request.argument not in library.list_models():
-        raise SearchError(
+        raise FitnessError(
             f"fitness 'iqa' takes the name of a metric of pyiqa behind a colon, such as 'iqa:topiq_nr'; "
             f"got {request.argument!r}."
         )
@@ -52,6 +52,6 @@ def _library(name: str, fitness: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise SearchError(
+        raise FitnessError(
             f"fitness {fitness!r} needs {name}, which is not installed: pip install 'stageprune[iqa]'."
         ) from None
