@@ -36,6 +36,9 @@ COUNT, SETS, PROMPTS = 20, 3, 60
 STEPS = {"dit-digits": 20, "sdxl-shapes": 8, "flux-shapes": 8}
 """Denoising steps of calibration and images: few where a call is dear."""
 
+STAGES = {20: 5, 8: 4}
+"""Steps -> stages: every demo has a step in each."""
+
 FIRST_SEED = 500_000
 
 
@@ -60,7 +63,9 @@ class Variant:
     demos: tuple[str, ...] = DEMOS
 
 
-STAGES = {"stages": 5}
+APART: dict[str, Any] = {"stages": ...}
+"""Calibrations whose stages are kept apart, as many as `STAGES` says."""
+
 GUIDED = ("dit-digits", "sdxl-shapes")
 JOINT = ("flux-shapes",)
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -71,8 +76,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "measured with 16 prompts": Variant(prune={"layer_prompts": 16}),
     },
     "sharing": {
-        "consumers per stage": Variant(STAGES, {"consumers": "stage"}),
-        "order and consumers per stage": Variant(STAGES, {"order": "stage"}),
+        "consumers per stage": Variant(APART, {"consumers": "stage"}),
+        "order and consumers per stage": Variant(APART, {"order": "stage"}),
     },
     "predecessors": {"pruned, in one package": Variant(prune={"predecessors": "pruned"})},
     "bias": {"no bias column": Variant(change=unbiased)},
@@ -187,6 +192,8 @@ class Runner:
         """With the variant's options and the set's seeds; the default's are made once."""
         options = dict(variant.calibrate)
         count = options.pop("count", PROMPTS)
+        if "stages" in options:
+            options["stages"] = STAGES[self.steps]
         default = not variant.calibrate and variant.recording is not guided_rows
         if default and index in self.known:
             return self.known[index]
