@@ -18,7 +18,7 @@ from stageprune.core.planning import Probes, measure_error_table
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
-STEPS, STAGES, SCHEDULES, PROBES = 20, 5, 60, 16
+STEPS, STAGES, SCHEDULES, PROBES = 10, 5, 60, 16
 
 
 def main() -> None:

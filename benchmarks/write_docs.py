@@ -1,4 +1,4 @@
-"""Write docs/results.md, findings.md, engine.md and front.md, and the table in README.md, from the JSON in results/.
+"""Write the pages of results in docs/, and the table in README.md, from the JSON in results/.
 
 No figure is typed by hand.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+
+import stages_page
 
 import engine_tables
 import findings
@@ -36,6 +38,10 @@ def main() -> None:
     fronts = {name: data for name, data in found.items() if name.startswith("front-")}
     if fronts:
         (ROOT / "docs" / "front.md").write_text(front_page.page(fronts, ROOT / "docs"), "utf-8")
+    kinds = ("strategies", "prediction", "latency", "fitness")
+    if any(of_demos(found, kind) for kind in kinds):
+        page = stages_page.page(*(of_demos(found, kind) for kind in kinds))
+        (ROOT / "docs" / "stages.md").write_text(page, "utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     block = f"{BEGIN}\n{short_table(of_demos(found, 'quality'))}\n{END}"

@@ -9,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import stages_page
+
 import common
 import families
 import front
@@ -54,3 +56,31 @@ def test_both_solvers_of_a_demo_visit_lists(name):
         host = subject.host
         own = host.taus(4)
         assert len(own) == 4 and host.visiting(own[:2] + own[3:]).taus(3) == pytest.approx(own[:2] + own[3:])
+
+
+def strategies_of(ours: float, theirs: float) -> dict:
+    """What `strategies.py` writes, made up: two searches of one target, ours at 100 steps, Diff-ES at 1,000."""
+    judged = {"accuracy": {"mean": 1.0}, "frechet_pooled": 2.0, "seconds": 3.0}
+    found = {"ours": (ours, 100, [[40, 9.0], [60, 2.0]]), "Diff-ES as published": (theirs, 1000, [[1000, theirs]])}
+    rows = {
+        f"0.67/{name}/{seed}": {
+            **judged,
+            "latent_mse": {"mean": fitness + seed},
+            "fitness": fitness,
+            "denoiser_steps": steps,
+            "course": course,
+        }
+        for name, (fitness, steps, course) in found.items()
+        for seed in (0, 1)
+    }
+    rows["0.67/uniform/0"] = {**judged, "latent_mse": {"mean": 5.0}}
+    return {"steps": 10, "stages": 10, "probes": 8, "sets": 3, "count": 40, "rows": rows}
+
+
+def test_the_page_of_stages_says_when_ours_was_there(tmp_path):
+    text = stages_page.page({"x": strategies_of(2.0, 3.0)}, {}, {}, {})
+    assert "in 2 of 2 runs, after 0.060 to 0.060 of its denoiser steps" in text and "no worse in 2 of 2" in text
+    assert "| 0.67 | ours | 2 | 2.5000 ± 0.5000 | 1.000 | 2.00 | 100 | 3 |" in text
+    assert "| 0.67 | uniform | 1 | 5.0000 | 1.000 | 2.00 |  | 3 |" in text
+    worse = stages_page.page({"x": strategies_of(2.0, 1.0)}, {}, {}, {})
+    assert "in none of 2 runs" in worse and "no worse in 0 of 2" in worse and "What the aim does" not in worse

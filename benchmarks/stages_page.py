@@ -1,0 +1,167 @@
+"""docs/stages.md: how a level for each stage is chosen, and what is known of each way. Called by write_docs.py."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+Results = dict[str, dict[str, Any]]
+"""Demo -> what a benchmark wrote."""
+
+HEAD = """# Stages: how levels are chosen
+
+Written by `python benchmarks/write_docs.py` from `benchmarks/results/*.json`; above each table stands the command that
+measured it. One bank a demo; errors are latent MSE to the dense run of the same steps, on seeds that nothing was chosen
+on. What choosing the steps as well does is in [front.md](front.md)."""
+
+STRATEGIES = """
+## Strategies
+
+`python benchmarks/strategies.py`: {steps} steps, {stages} stages, {probes} search probes and as many held out, judged
+on {sets} x {count} images. What draws at random ran with several seeds: mean and half the range over them. *Denoiser
+steps* are calls for one probe, guidance included. Diff-ES has its published settings (20 individuals, 50 generations)
+with the same fitness, probes and steps as ours; its time is with shared states, which its own code has not."""
+
+PREDICTION = """
+## What an error table predicts
+
+`python benchmarks/prediction.py`: {schedules} random schedules of {stages} stages, {steps} steps; the table was
+measured on {probes} probes, the schedules ran on {probes} others. Errors of stages add up as squares (as `allocate`
+takes them) or as lengths."""
+
+LATENCY = """
+## A schedule for a speed-up
+
+`python benchmarks/latency.py`: `target="speedup:1.3"` takes denoiser times at each level, measured on the device; then
+whole images run, dense and pruned in turn, {rounds} rounds, medians of ratios."""
+
+FITNESS = """
+## What the aim does to the schedule
+
+`python benchmarks/fitness.py`: searches at {target} of the MACs of {steps} steps for three aims, each from one level
+everywhere, {generations} generations at most; each schedule judged by all, on {count} new images."""
+
+CHOICE = """
+Choose `latent_mse` when single images must stay what they were: it is the cheapest, needs no judge and no decoding, and
+its schedules are near the best by SSIM too. Choose `frechet` only when the set of images counts and not the single one,
+with a judge of your own images and many probes: it is free to change every image."""
+
+
+def page(strategies: Results, prediction: Results, latency: Results, fitness: Results) -> str:
+    """The whole page, of what there is."""
+    parts = [HEAD]
+    sections = (
+        (STRATEGIES, strategies, strategies_table),
+        (PREDICTION, prediction, prediction_table),
+        (LATENCY, latency, latency_table),
+        (FITNESS, fitness, fitness_table),
+    )
+    for text, results, table in sections:
+        if results:
+            first = next(iter(results.values()))
+            facts = first | ({} if "schedules" not in first else {"schedules": len(first["schedules"])})
+            parts.append(text.format(**facts))
+            parts.append(table(results))
+    if fitness:
+        parts.append(CHOICE)
+    return "\n".join(parts) + "\n"
+
+
+def strategies_table(results: Results) -> str:
+    """A table a demo: a row a target and strategy."""
+    parts = []
+    for name, data in results.items():
+        parts += [
+            f"\n### {name}\n",
+            "| MACs | strategy | seeds | error | accuracy | Frechet | denoiser steps | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for key, row in data["rows"].items():
+            target, strategy, _ = key.split("/")
+            rows.setdefault((target, strategy), []).append(row)
+        parts += [_strategy_row(*key, each) for key, each in sorted(rows.items(), key=lambda item: -float(item[0][0]))]
+        parts.append("\n" + _against_diff_es(rows))
+    return "\n".join(parts)
+
+
+def _strategy_row(target: str, strategy: str, rows: list[dict[str, Any]]) -> str:
+    errors = [row["latent_mse"]["mean"] for row in rows]
+    spread = (max(errors) - min(errors)) / 2
+    error = f"{sum(errors) / len(errors):.4f}" + (f" ± {spread:.4f}" if len(rows) > 1 else "")
+    accuracy = sum(row["accuracy"]["mean"] for row in rows) / len(rows)
+    frechet = sum(row["frechet_pooled"] for row in rows) / len(rows)
+    steps = f"{median(row['denoiser_steps'] for row in rows):.0f}" if "denoiser_steps" in rows[0] else ""
+    cells = [target, strategy, str(len(rows)), error, f"{accuracy:.3f}", f"{frechet:.2f}", steps]
+    return f"| {' | '.join(cells)} | {median(row['seconds'] for row in rows):.0f} |"
+
+
+def _against_diff_es(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """After which share of Diff-ES's denoiser steps ours had its final fitness, seed by seed."""
+    shares, better, pairs = [], 0, 0
+    for (target, strategy), ours in rows.items():
+        theirs = rows.get((target, "Diff-ES as published"), [])
+        if strategy != "ours" or not theirs:
+            continue
+        for mine, other in zip(ours, theirs, strict=False):
+            pairs += 1
+            better += mine["fitness"] <= other["fitness"] * (1 + 1e-6)
+            reached = [steps for steps, best in mine["course"] if best <= other["fitness"] * (1 + 1e-6)]
+            if reached:
+                shares.append(reached[0] / other["denoiser_steps"])
+    if not pairs:
+        return ""
+    course = (
+        f"ours reached Diff-ES's final fitness in {len(shares)} of {pairs} runs, after {min(shares):.3f} to "
+        f"{max(shares):.3f} of its denoiser steps (median {median(shares):.3f})"
+        if shares
+        else f"ours reached Diff-ES's final fitness in none of {pairs} runs"
+    )
+    return f"On the search probes {course}, and ended no worse in {better} of {pairs}."
+
+
+def prediction_table(results: Results) -> str:
+    """A row a demo and way to add."""
+    lines = [
+        "",
+        "| demo | errors add up as | rank correlation | measured / predicted: tenth, median, ninth tenth |",
+        "|---|---|---|---|",
+    ]
+    for name, data in results.items():
+        for way, found in data["models"].items():
+            ratios = ", ".join(f"{ratio:.2f}" for ratio in found["measured_over_predicted"])
+            lines.append(f"| {name} | {way} | {found['rank']:.3f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def latency_table(results: Results) -> str:
+    """A row a demo and speed-up."""
+    lines = ["", "| demo | asked | an image runs | off by | MACs |", "|---|---|---|---|---|"]
+    for name, data in results.items():
+        for row in data["rows"]:
+            found = row["image"]["speedup"]
+            off = found / row["asked"] - 1
+            lines.append(f"| {name} | {row['asked']} x | {found:.3f} x | {off:+.1%} | {row['macs']:.3f} |")
+    return "\n".join(lines)
+
+
+def fitness_table(results: Results) -> str:
+    """A row a demo and aim; the best of each column of a demo in bold."""
+    lines = ["", "| demo | aim | levels, noisiest first | latent MSE | SSIM | Frechet | accuracy |", "|---" * 7 + "|"]
+    for name, data in results.items():
+        rows = data["rows"]
+        best = {
+            "latent_mse": min(row["latent_mse"] for row in rows.values()),
+            "ssim": max(row["ssim"] for row in rows.values()),
+            "frechet": min(row["frechet"] for row in rows.values()),
+        }
+        for aim, row in rows.items():
+            levels = ", ".join(f"{level:g}" for level in row["levels"])
+            shown = {
+                "latent_mse": f"{row['latent_mse']:.4f}",
+                "ssim": f"{row['ssim']:.3f}",
+                "frechet": f"{row['frechet']:.2f}",
+            }
+            cells = [f"**{text}**" if row[metric] == best[metric] else text for metric, text in shown.items()]
+            lines.append(f"| {name} | {aim} | {levels} | {' | '.join(cells)} | {row['accuracy']:.3f} |")
+    return "\n".join(lines)
