@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stageprune.core.evaluation.class_judge import ClassJudge
-from training import Average, batches, log, optimiser, publish, record, standardise
+from training import Average, Descent, batches, log, publish, record, standardise
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = 1000  # DiTPipeline hard-codes this id for "no class"
@@ -99,7 +99,7 @@ def train_judge(settings: Settings) -> None:
     images, labels = digits()
     train, held = split(labels)
     judge = ClassJudge()
-    descend = optimiser(judge.train(), settings.judge_steps, 3e-3, 0.05)
+    descend = Descent(judge.train(), settings.judge_steps, 3e-3, 0.05)
     for step, picked in enumerate(batches(len(train), 64, settings.judge_steps, generator)):
         picked = train[picked]
         # Twice the generator's augmentation: the judge must not mistake a slanted digit for a wrong one.
@@ -127,7 +127,7 @@ def train_vae(settings: Settings) -> None:
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
     )
-    descend = optimiser(vae, settings.vae_steps, 2e-3)
+    descend = Descent(vae, settings.vae_steps, 2e-3)
     for step, picked in enumerate(batches(len(images), settings.batch, settings.vae_steps, generator)):
         target = to_model(augment(images[picked], generator))
         posterior = vae.encode(target).latent_dist
@@ -215,7 +215,7 @@ def train_dit(settings: Settings) -> None:
     copies = [encode(vae, augment(images, generator)) for _ in range(settings.copies)]
     latents, labels = torch.cat(copies) * vae.config.scaling_factor, labels.repeat(settings.copies)
     dit = new_dit()
-    descend = optimiser(dit, settings.dit_steps, settings.learning_rate, 0.01)
+    descend = Descent(dit, settings.dit_steps, settings.learning_rate, 0.01)
     average = Average(dit, settings.ema_decay)
     for step, picked in enumerate(batches(len(latents), settings.batch, settings.dit_steps, generator), start=1):
         descend(loss := diffusion_loss(dit, latents[picked], labels[picked], generator))

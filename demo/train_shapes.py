@@ -9,9 +9,10 @@ Run the stages in this order; `sdxl` and `flux` are independent of each other an
     python demo/train_shapes.py flux
     python demo/train_shapes.py measure
 
-`--further` trains published weights for another round; `unpack` first, if the work folder is gone. Every stage is
-seeded. The parts that both pipelines share wait in the work folder; `measure` reads the finished pipelines back and
-writes every figure of their READMEs.
+`--further` trains published weights for another round; `unpack` first, if the work folder is gone. `sdxl` and `flux`,
+which take hours, can be killed: the same command goes on, to the same weights. Every stage is seeded. The parts that
+both pipelines share wait in the work folder; `measure` reads the finished pipelines back and writes every figure of
+their READMEs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from shapes.checker import train_checker
 from shapes.measure import measure, write_prompts
 from shapes.parts import load_parts, token_ids
 from shapes.scenes import cells, draw_layouts, render
-from training import Average, batches, log, optimiser, publish, record
+from training import Average, Batches, Descent, Progress, log, publish, record
 
 POOL = 2000  # scenes that are rendered and encoded at a time
 
@@ -133,9 +134,13 @@ def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Mod
     scenes = cached_scenes(settings, parts)
     latents, cells, ids = scenes.pop("latents"), scenes.pop("cells"), scenes
     reader = family.layout_reader(model)
-    descend = optimiser([*model.parameters(), *reader.parameters()], steps, settings.learning_rate, 0.01)
+    descend = Descent([*model.parameters(), *reader.parameters()], steps, settings.learning_rate, 0.01)
     average = Average(model, settings.ema_decay)
-    for step, picked in enumerate(batches(len(latents), settings.batch, steps, generator), start=1):
+    drawn = Batches(len(latents), settings.batch, generator)
+    run = json.dumps([name, rounds, steps, settings.seed, settings.scenes, settings.batch, settings.learning_rate])
+    progress = Progress(settings.work / f"{name}-shapes.part.safetensors", run, descend, average, drawn)
+    for step in range(progress.load() + 1, steps + 1):
+        picked = drawn.draw()
         with torch.no_grad():
             encoded = family.encode_text(parts, {kind: tokens[picked] for kind, tokens in ids.items()})
         # Without fused attention, whose backward pass took more time than everything else together.
@@ -146,10 +151,11 @@ def train(settings: Settings, name: str, family: ModuleType, model: torch.nn.Mod
         average.update(step)
         if step % 100 == 0:
             log.info("%s step %d/%d loss %.4f layout %.4f", name, step, steps, loss.item(), layout.item())
-        if step % 1000 == 0:
-            save(settings.work / f"{name}-shapes", family, model, average, settings)
+        if step % 500 == 0:
+            progress.save()
     save(settings.folder(name), family, model, average, settings)
     record(settings.folder(name), **{f"{name}_rounds": [*rounds, steps]})
+    progress.path.unlink(missing_ok=True)
 
 
 def rounds_of(folder: Path, name: str) -> list[int]:

@@ -13,43 +13,90 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 log = logging.getLogger("train")
 
 
+class Batches:
+    """Batches of indices, each epoch in a new order.
+
+    Args:
+        count: of examples.
+        size: of a batch.
+        generator: draws the orders.
+    """
+
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        self.count, self.size, self.generator = count, size, generator
+        self.order = torch.empty(0, dtype=torch.long)  # what is left of those drawn
+
+    def draw(self) -> Tensor:
+        """The next batch."""
+        if len(self.order) < self.size:
+            self.order = torch.cat([self.order, torch.randperm(self.count, generator=self.generator)])
+        picked, self.order = self.order[: self.size], self.order[self.size :]
+        return picked
+
+
 def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` batches of indices, each epoch in a new order."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        yield order[:size]
-        order = order[size:]
+    """`steps` batches of indices."""
+    drawn = Batches(count, size, generator)
+    return (drawn.draw() for _ in range(steps))
 
 
-def optimiser(
-    parameters: nn.Module | Iterable[nn.Parameter], steps: int, peak: float, decay: float = 0.0
-) -> Callable[[Tensor], None]:
-    """A function that takes a loss and makes one AdamW step: warm-up to the peak rate, cosine decay to zero."""
-    trained = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-    warmup = max(1, steps // 20)
+class Descent:
+    """Calling it with a loss makes one AdamW step: warm-up to the peak rate, cosine decay to zero.
 
-    def rate(step: int) -> float:
-        rest = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
+    Args:
+        parameters: of a module, or some.
+        steps: of the whole training.
+        peak: learning rate.
+        decay: of weights.
+    """
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    def __init__(
+        self, parameters: nn.Module | Iterable[nn.Parameter], steps: int, peak: float, decay: float = 0.0
+    ) -> None:
+        self.trained = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=peak, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+        self.peak, self.steps, self.warmup, self.done = peak, steps, max(1, steps // 20), 0
 
-    def descend(loss: Tensor) -> None:
-        optimizer.zero_grad()
+    def __call__(self, loss: Tensor) -> None:
+        """One step."""
+        self.optimizer.param_groups[0]["lr"] = self.peak * self._rate()
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.done += 1
 
-    return descend
+    def _rate(self) -> float:
+        if self.done < self.warmup:
+            return (self.done + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (self.done - self.warmup) / max(1, self.steps - self.warmup)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and moments."""
+        moments = self.optimizer.state_dict()["state"]
+        weights = {f"{number}.weight": parameter.detach() for number, parameter in enumerate(self.trained)}
+        return weights | {f"{number}.{name}": each for number, row in moments.items() for name, each in row.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """Go on from `state` after `done` steps."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            number, name = key.split(".")
+            if name == "weight":
+                self.trained[int(number)].copy_(tensor)
+            else:
+                moments.setdefault(int(number), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.done = done
 
 
 class Average:
@@ -64,6 +111,51 @@ class Average:
         """Take in the weights after `step` steps; the memory is short first, since the first weights are noise."""
         keep = min(self.decay, step / (step + 10))
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], 1 - keep)
+
+
+class Progress:
+    """All that a training goes on from, in one file that is replaced as a whole: killed, it ends with the same weights.
+
+    Args:
+        path: of the file; gone when the training has ended.
+        run: what decides the outcome; a file of another run is not touched but refused.
+        descend: the optimiser, with its weights.
+        average: of the weights.
+        drawn: batches, with the generator of all that is random.
+    """
+
+    def __init__(self, path: Path, run: str, descend: Descent, average: Average, drawn: Batches) -> None:
+        self.path, self.run, self.descend, self.average, self.drawn = path, run, descend, average, drawn
+
+    def save(self) -> None:
+        """After the steps that were made."""
+        averages = {f"average.{number}": weight for number, weight in enumerate(self.average.weights)}
+        state = {f"descend.{name}": tensor for name, tensor in self.descend.state().items()}
+        drawn = {"order": self.drawn.order, "generator": self.drawn.generator.get_state()}
+        facts = {"run": self.run, "done": str(self.descend.done)}
+        part = self.path.with_suffix(".tmp")
+        save_file({name: each.contiguous() for name, each in (averages | state | drawn).items()}, part, facts)
+        os.replace(part, self.path)
+
+    @torch.no_grad()
+    def load(self) -> int:
+        """Steps that were made before, 0 without a file. ValueError if the file is another run's."""
+        if not self.path.is_file():
+            return 0
+        with safe_open(self.path, "pt") as file:
+            facts = file.metadata()
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        if facts["run"] != self.run:
+            raise ValueError(f"{self.path} is of a training with other settings: remove it to begin anew.")
+        prefix = "descend."
+        state = {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
+        self.descend.restore(state, int(facts["done"]))
+        for number, weight in enumerate(self.average.weights):
+            weight.copy_(found[f"average.{number}"])
+        self.drawn.order = found["order"]
+        self.drawn.generator.set_state(found["generator"])
+        log.info("going on after %d steps", self.descend.done)
+        return self.descend.done
 
 
 def record(folder: Path, **figures: Any) -> None:

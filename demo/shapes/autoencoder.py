@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from shapes.scenes import SIDE, draw_layouts, render
-from training import log, optimiser, standardise
+from training import Descent, log, standardise
 
 BATCH = 32
 POOL = 6400  # scenes that are rendered at once
@@ -33,7 +33,7 @@ def train_autoencoder(steps: int, seed: int = 1) -> tuple[AutoencoderKL, float]:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     vae = new_autoencoder()
-    descend = optimiser(vae, steps, 2e-3)
+    descend = Descent(vae, steps, 2e-3)
     for step in range(steps):
         begin = step * BATCH % POOL
         if begin == 0:

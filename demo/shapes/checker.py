@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shapes.scenes import Layout, draw_layouts, render
 from stageprune.core.evaluation.scene_checker import CELL, SceneChecker
-from training import log, optimiser
+from training import Descent, log
 
 BATCH = 64
 
@@ -42,7 +42,7 @@ def train_checker(steps: int, seed: int = 0, held: int = 2000, reference: int = 
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     checker = SceneChecker().train()
-    descend = optimiser(checker, steps, 3e-3, 0.02)
+    descend = Descent(checker, steps, 3e-3, 0.02)
     for step in range(steps):
         if step % 50 == 0:
             pool = draw_layouts(BATCH * 50, generator)

@@ -26,7 +26,7 @@ from transformers import (
 
 from shapes.scenes import Layout, draw_layouts
 from stageprune.core.evaluation.scene import COLOURS, RELATIONS, SHAPES, SIZES
-from training import log, optimiser
+from training import Descent, log
 
 LENGTH = 16  # tokens; the longest caption has 12
 WIDTH = 64
@@ -229,7 +229,7 @@ def train_reader(
     """Train `encoder` in place; returns the last loss."""
     generator = torch.Generator().manual_seed(seed)
     reader = Reader(len(tokenizer), WIDTH)
-    descend = optimiser([*encoder.parameters(), *reader.parameters()], steps, 2e-3)
+    descend = Descent([*encoder.parameters(), *reader.parameters()], steps, 2e-3)
     places = Places.of(tokenizer)
     for step in range(steps):
         if step % 50 == 0:

@@ -1,0 +1,69 @@
+"""The training scripts of the demos: killed, a training goes on to the same weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
+
+from training import Average, Batches, Descent, Progress, batches
+
+STEPS = 30
+
+
+def begin(folder: Path, run: str = "run") -> tuple[nn.Module, Average, Progress]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    average = Average(model, 0.9)
+    drawn = Batches(10, 4, torch.Generator().manual_seed(1))
+    progress = Progress(folder / "part.safetensors", run, Descent(model, STEPS, 1e-2, 0.01), average, drawn)
+    return model, average, progress
+
+
+def train(folder: Path, until: int = STEPS) -> list[torch.Tensor]:
+    """As the scripts do: from the file, a file every seven steps, and dead after `until`."""
+    model, average, progress = begin(folder)
+    for step in range(progress.load() + 1, until + 1):
+        picked = progress.drawn.draw()
+        noise = torch.randn(len(picked), 4, generator=progress.drawn.generator)
+        progress.descend((model(noise + picked[:, None]) - picked[:, None]).square().mean())
+        average.update(step)
+        if step % 7 == 0:
+            progress.save()
+    return [*average.weights, *(parameter.detach() for parameter in model.parameters())]
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    whole = train(tmp_path / "a")
+    for until in (3, 9, 16, 26, STEPS):
+        resumed = train(tmp_path / "b", until)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole, resumed, strict=True))
+
+
+def test_another_run_is_refused_and_left(tmp_path):
+    train(tmp_path, 8)
+    content = (tmp_path / "part.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="of a training with other settings: remove it"):
+        begin(tmp_path, "another")[2].load()
+    assert (tmp_path / "part.safetensors").read_bytes() == content
+
+
+def test_the_rate_rises_and_falls():
+    weight = nn.Parameter(torch.zeros(1))
+    descend, rates = Descent([weight], 40, 0.5), []
+    for _ in range(40):
+        descend(weight.square().sum())
+        rates.append(descend.optimizer.param_groups[0]["lr"])
+    assert rates[:3] == [0.25, 0.5, 0.5] and rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.01
+
+
+def test_every_epoch_has_every_example():
+    drawn = torch.cat(list(batches(12, 4, 6, torch.Generator().manual_seed(0))))
+    assert sorted(drawn[:12].tolist()) == sorted(drawn[12:].tolist()) == list(range(12))
