@@ -101,6 +101,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "passes weighted as guidance uses them": Variant(recording=guided_rows, demos=GUIDED),
     },
     "output": {"scale and shift per stage and channel": Variant(running=corrected_output)},
+    "together": {
+        "orders per stage, layers by 16 prompts, 128 prompts": Variant(
+            {**APART, "count": 128}, {"order": "stage", "layer_prompts": 16}
+        ),
+    },
     "packages": {
         "pruned predecessors, layer after layer": Variant(
             prune={"predecessors": "pruned", "hessian_budget": "least", "predecessor_prompts": 8}, demos=("dit-digits",)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
+from ablations import VARIANTS
 from quality import show
 
 Results = dict[str, dict[str, Any]]
@@ -29,6 +32,11 @@ LEVERS = """
 default, the mean of the sets' ratios and their lowest and highest: three calibrations with seeds of their own, each
 judged on images of its own. Below 1 is better than the default."""
 
+DEFAULTS = """
+The defaults follow from this, with one exception: orders and consumers are shared by all stages. Keeping them apart
+(`order="stage"`) is better here and worse elsewhere ([results.md](results.md#shared-or-per-stage)), makes a bank larger
+by the number of stages, and ties it to them."""
+
 ORDER = """
 ## The greedy order at full size
 
@@ -51,7 +59,7 @@ def page(methods: Results, ablations: Results, calibration: Results, order: dict
     if methods:
         parts += [METHODS, *(methods_table(name, data) for name, data in methods.items())]
     if ablations:
-        parts += [LEVERS, levers_table(ablations)]
+        parts += [LEVERS, levers_setup(ablations), levers_table(ablations), *levers_verdict(ablations), DEFAULTS]
     if calibration:
         parts += [COST, cost_table(calibration)]
     if order:
@@ -98,22 +106,71 @@ def levers_table(ablations: Results) -> str:
     targets = ("0.67", "0.5")
     head = [f"{name}, {target} of the MACs" for name in ablations for target in targets]
     lines = ["", f"| lever | variant | {' | '.join(head)} |", f"|---|---|{'---|' * len(head)}"]
-    for key in dict.fromkeys(key for data in ablations.values() for key in data["rows"]):
+    for key in (f"{lever}/{name}" for lever, variants in VARIANTS.items() for name in variants):
+        if not any(key in data["rows"] for data in ablations.values()):
+            continue
         lever, _, variant = key.partition("/")
         cells = [_lever_cell(data["rows"], key, target) for data in ablations.values() for target in targets]
         lines.append(f"| {lever} | {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def levers_setup(ablations: Results) -> str:
+    """How it was measured."""
+    facts = [
+        f"{name}: {data['steps']} steps, {data['prompts']} prompts, {data['sets']} sets of {data['images']} images"
+        for name, data in ablations.items()
+    ]
+    return f"\n{'; '.join(facts)}."
+
+
+def levers_verdict(ablations: Results) -> list[str]:
+    """Which variants are better or worse than the default wherever they were measured."""
+    found: dict[str, list[float]] = {}
+    for data in ablations.values():
+        for key, row in data["rows"].items():
+            if key != "default/default" and "refused" not in row:
+                every = [ratio for target in ("0.67", "0.5") for ratio in _ratios(data["rows"], key, target)]
+                found.setdefault(key.replace("/", ": ", 1), []).extend(every)
+
+    def listed(wanted: Callable[[list[float]], bool]) -> str:
+        return "; ".join(
+            f"{name} (to {ratios[0]:.2f} at best, {ratios[-1]:.2f} at worst)" for name, ratios in chosen(wanted)
+        )
+
+    def chosen(wanted: Callable[[list[float]], bool]) -> list[tuple[str, list[float]]]:
+        return [(name, sorted(ratios)) for name, ratios in found.items() if wanted(ratios)]
+
+    lines = [
+        f"\nBetter than the default in every set of every cell: {listed(lambda ratios: max(ratios) < 1) or 'none'}.",
+        f"\nWorse in every one: {listed(lambda ratios: min(ratios) > 1) or 'none'}.",
+    ]
+    mixed = [median(ratios) for _, ratios in chosen(lambda ratios: min(ratios) <= 1 <= max(ratios))]
+    if mixed:
+        lines.append(
+            "\nAll others are better in some sets and worse in others, their medians "
+            f"{min(mixed):.2f} to {max(mixed):.2f}."
+        )
+    return lines
+
+
+def _ratios(rows: dict[str, Any], key: str, target: str) -> list[float]:
+    """Error over the default's, set by set."""
+    return [
+        ours / default
+        for ours, default in zip(rows[key][target]["sets"], rows["default/default"][target]["sets"], strict=True)
+    ]
+
+
 def _lever_cell(rows: dict[str, Any], key: str, target: str) -> str:
-    row, base = rows.get(key), rows["default/default"]
+    row = rows.get(key)
     if row is None:
         return ""
     if "refused" in row:
         return "refused"
     if key == "default/default":
         return show(row[target])
-    ratios = [ours / default for ours, default in zip(row[target]["sets"], base[target]["sets"], strict=True)]
+    ratios = _ratios(rows, key, target)
     return f"{sum(ratios) / len(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
