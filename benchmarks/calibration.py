@@ -1,6 +1,7 @@
 """What calibrating costs beside just running the pipeline on the same prompts, without decoding.
 
 python benchmarks/calibration.py              # all three demos, into results/calibration-<demo>.json
+python benchmarks/calibration.py sdxl-shapes --only consumers "consumers, all tokens"
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import stageprune
+from ablations import STEPS
 from common import DEMOS, Subject, write_results
 from stageprune.core.host import sample
 
-STEPS, PROMPTS, ROUNDS = 20, 60, 3
+PROMPTS, ROUNDS = 60, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "consumers": {},
     "consumers, all tokens": {"tokens": 1.0},
@@ -26,29 +28,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Ratios of medians, rounds interleaved."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
-    for name in parser.parse_args().demos:
-        rows = compare(Subject(name))
-        facts = {"demo": name, "prompts": PROMPTS, "steps": STEPS, "rounds": ROUNDS}
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="what is summed")
+    options = parser.parse_args()
+    for name in options.demos:
+        rows = compare(Subject(name), STEPS[name], options.only)
+        facts = {"demo": name, "prompts": PROMPTS, "steps": STEPS[name], "rounds": ROUNDS}
         write_results(f"calibration-{name}", {**facts, **rows})
         for variant, row in rows["rows"].items():
             print(f"{name}: {variant} {row['seconds']:.2f} s, {row['ratio']:.2f} times just running", flush=True)
 
 
-def compare(demo: Subject) -> dict[str, Any]:
+def compare(demo: Subject, steps: int, variants: Sequence[str]) -> dict[str, Any]:
     """Seconds of the plain run and of each calibration."""
     prompts, guidance = demo.demo.prompts(PROMPTS), demo.recipe.guidance
 
     def plain() -> None:
-        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), STEPS, guidance, 16)
+        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), steps, guidance, 16)
 
     def calibrating(options: dict[str, Any]) -> Callable[[], object]:
-        given = {"steps": STEPS, "guidance": guidance, "kinds": demo.recipe.kinds, **options}
+        given = {"steps": steps, "guidance": guidance, "kinds": demo.recipe.kinds, **options}
         return lambda: stageprune.calibrate(demo.pipe, prompts, **given)
 
     runs: dict[str, Callable[[], object]] = {"just running": plain}
-    runs |= {name: calibrating(options) for name, options in VARIANTS.items()}
+    runs |= {name: calibrating(VARIANTS[name]) for name in variants}
     times: dict[str, list[float]] = {name: [] for name in runs}
     plain()  # the first is slower
     for _ in range(ROUNDS):

@@ -180,7 +180,7 @@ def cost_table(calibration: Results) -> str:
     prompts = [f"{name}, {data['prompts']} prompts of {data['steps']} steps" for name, data in calibration.items()]
     lines = ["", f"| what is summed | {' | '.join(prompts)} |", f"|---|{'---|' * len(prompts)}"]
     for name in names:
-        cells = [f"{data['rows'][name]['ratio']:.2f}" for data in calibration.values()]
+        cells = [f"{data['rows'][name]['ratio']:.2f}" if name in data["rows"] else "" for data in calibration.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
