@@ -81,6 +81,7 @@ class Runner:
         self.dense = [self.sample(index, STEPS) for index in range(SETS)]
         self.tables: dict[int, ErrorTable | None] = {}
         self.jumps: JumpTable | None = None
+        self.told: dict[str, float] = {}
 
     def run(self, budgets: list[int]) -> None:
         """All ways at all budgets."""
@@ -110,6 +111,7 @@ class Runner:
             judge=self.demo.judge,
         )
         self.jumps = found.jumps
+        self.told = {"predicted": found.candidates[0].predicted, "held_out": found.candidates[0].measured}
         return found.schedule, len(found.schedule.taus or ())
 
     def pruned(self, calls: int, strategy: str, steps: int) -> tuple[StageSchedule, int]:
@@ -131,6 +133,7 @@ class Runner:
         if key in self.data["rows"]:
             return
         started = time.perf_counter()
+        self.told = {}
         try:
             schedule, steps = choose()
         except AllocationError as error:
@@ -145,6 +148,7 @@ class Runner:
             "steps": steps,
             "schedule": None if schedule is None else schedule.to_dict(),
             "seconds": seconds,
+            **self.told,
             "fine": self.errors(latents, self.fine),
             "dense20": self.errors(latents, self.dense),
             "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quality import show
@@ -47,7 +48,7 @@ LOW, HIGH, FEW = 4, 20, 8
 
 def page(results: Results, docs: Path) -> str:
     """The whole page; pictures go beside it."""
-    parts = [HEAD, verdicts(results)]
+    parts = [HEAD, verdicts(results), predictions(results)]
     for name in dict.fromkeys(data["demo"] for data in results.values()):
         mine = {data["solver"]: data for data in results.values() if data["demo"] == name}
         picture, few = f"front-{name}.png", f"front-{name}-few.png"
@@ -145,6 +146,28 @@ def verdicts(results: Results) -> str:
             ratio = _mean_ratio(data, budgets, way)
             counts = " | ".join(f"{count} of {len(budgets)}" for count in cells.values())
             lines.append(f"| {data['demo']} | {data['solver']} | {NAMES[way]} | {counts} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def predictions(results: Results) -> str:
+    """What prices of single jumps say of whole plans, solver by solver."""
+    lines = [
+        "\n## What the prices of jumps miss\n",
+        "A plan's price is what each jump of a first-order solver would cost if all others were perfect, added up. The "
+        "best plans by several prices, and small changes of the best, are then really run, by the sampler's own "
+        "solver. The error of the plan that was chosen, over its price:\n",
+        "| demo | solver | plans | lowest | median | highest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for data in results.values():
+        ratios = sorted(
+            row["fine"]["mean"] / row["predicted"]
+            for key, row in data["rows"].items()
+            if row.get("predicted") and key.partition("/")[2] in ("steps", "joint")
+        )
+        if ratios:
+            told = f"{ratios[0]:.2f} | {median(ratios):.2f} | {ratios[-1]:.2f}"
+            lines.append(f"| {data['demo']} | {data['solver']} | {len(ratios)} | {told} |")
     return "\n".join(lines)
 
 

@@ -29,7 +29,14 @@ def front_of(demo: str, solver: str) -> dict:
     for calls in front.CALLS:
         for way in ("fewer steps", "steps", "joint", "joint by Frechet", "uniform, 20 steps", "measured, 4 steps"):
             error = {"mean": (0.5 if way.startswith("joint") else 1.0) / calls, "std": 0.0}
-            facts = {"calls": float(calls), "steps": calls, "fine": error, "accuracy": {"mean": 0.9}, "frechet": 2.0}
+            facts = {
+                "calls": float(calls),
+                "steps": calls,
+                "fine": error,
+                "accuracy": {"mean": 0.9},
+                "frechet": 2.0,
+                "predicted": error["mean"] / 3,
+            }
             rows[f"{calls}/{way}"] = facts
     rows["2/joint"] = {"refused": "not a single step fits"}
     return {"demo": demo, "solver": solver, "sets": 3, "count": 40, "environment": {"cpu": "a CPU"}, "rows": rows}
@@ -44,6 +51,7 @@ def test_the_page_of_fronts_counts_who_is_best(tmp_path):
     assert (
         f"| x | first | fewer steps | 0 of {budgets} | {budgets} of {budgets} | {budgets} of {budgets} | 1.00 |" in text
     )
+    assert f"| x | first | {2 * len(front.CALLS) - 1} | 3.00 | 3.00 | 3.00 |" in text
     assert (tmp_path / "front-x.png").stat().st_size > 10_000 and (tmp_path / "front-x-few.png").exists()
 
 
