@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 from html.parser import HTMLParser
 
 import pytest
@@ -126,6 +127,9 @@ def test_frechet_of_known_gaussians():
     # |mean|^2 = 25; commuting covariances: sum of (sqrt a - sqrt b)^2 = 1 + 4
     assert frechet_distance(mean_a, cov_a, mean_b, cov_b) == pytest.approx(30.0)
     assert frechet_distance(mean_a, cov_a, mean_a, cov_a) == pytest.approx(0.0, abs=1e-9)
+    for broken in (math.nan, math.inf):  # what a broken model made is not perfect
+        assert math.isnan(frechet_distance(mean_a * broken, cov_a, mean_b, cov_b))
+        assert math.isnan(frechet_distance(mean_a, cov_a * broken, mean_b, cov_b))
 
 
 def test_frechet_of_features_against_a_judges_reference(judge):

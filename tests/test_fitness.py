@@ -210,6 +210,15 @@ def test_the_search_minimises_each(host, bank, judge, name):
     assert found.best.search <= found.history[0].fitness[-1]
 
 
+@pytest.mark.parametrize("name", [*PAIRED, "frechet", "accuracy"])
+def test_what_a_broken_model_made_is_never_the_best(judge, name):
+    fitness = fitness_of(name, judge)
+    dense = outcome(torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(0)))
+    broken = outcome(torch.full_like(dense.latents, math.nan))
+    ledger = Ledger(fitness, {(1,): fitness.statistics(broken, dense), (0,): fitness.statistics(dense, dense)})
+    assert ledger.value((1,), 3) == (1.0 if name == "accuracy" else math.inf) >= ledger.value((0,), 3)
+
+
 def test_a_registered_fitness_is_known_by_name(host, bank):
     register_fitness("saturation")(
         lambda request: Fitness("saturation", lambda made, dense: made.images.std(1).flatten(1).mean(1))

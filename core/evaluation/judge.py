@@ -9,6 +9,7 @@ never sees a generated one.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,9 +178,12 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     """The squared Fréchet (2-Wasserstein) distance between two Gaussians, in float64.
 
     The trace of the covariances' geometric mean is taken from the eigenvalues of the symmetric product
-    `sqrt(A) B sqrt(A)`: no general matrix root, so no complex numbers appear for rank-deficient covariances.
+    `sqrt(A) B sqrt(A)`: no general matrix root, so no complex numbers appear for rank-deficient covariances. NaN if
+    anything is not finite, as the features of images are that a broken model made.
     """
     mean_a, cov_a, mean_b, cov_b = (tensor.double().cpu() for tensor in (mean_a, cov_a, mean_b, cov_b))
+    if not all(bool(tensor.isfinite().all()) for tensor in (mean_a, cov_a, mean_b, cov_b)):
+        return math.nan
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
