@@ -235,11 +235,11 @@ def test_the_budget_is_that_of_the_dense_run(dit, bank, strategy, target):
     assert sum(found.executed.calls) == len(found.schedule.taus)
     assert found.executed.dense == 5 * bank.macs(stageprune.core.groups.measure_cost(dit.transformer))[0.0]
     tried = {candidate.name: candidate.measured for candidate in found.candidates}
-    corners = [error for name, error in tried.items() if name in ("fewer steps", "one level")]
+    corners = [name for name in tried if name.startswith(("fewer steps", "one level"))]
     assert corners or strategy == "steps"
     assert found.candidates[0].measured == min(tried.values()), "the best of all that was tried, corners included"
     if strategy == "steps":
-        assert set(found.schedule.levels) == {0.0} and "one level" not in tried
+        assert set(found.schedule.levels) == {0.0} and not any(name.startswith("one level") for name in tried)
     assert same_state(before, state_of(dit.transformer)) and inside(dit.transformer) == left
 
 

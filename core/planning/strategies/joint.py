@@ -136,16 +136,16 @@ def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
 
 
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
-    """What else could be done with the budget: fewer dense steps, or all steps at one level."""
-    sampling, budget = problem.request.sampling, problem.budget
-    own = [("fewer steps", math.floor(budget + 1e-9), 0)]
-    affordable = [level for level, cost in enumerate(problem.costs) if cost * len(sampling.taus) <= budget]
-    if affordable and not problem.dense:
-        own.append(("one level", sampling.steps, min(affordable)))
+    """What else could be done with the budget: one level throughout, dense too, with the steps that it pays for."""
+    sampling = problem.request.sampling
+    lowest: dict[int, int] = {}  # steps -> level
+    for level, cost in enumerate(problem.costs[:1] if problem.dense else problem.costs):
+        lowest.setdefault(min(math.floor(problem.budget / cost + 1e-9), sampling.steps), level)
     found = []
-    for name, count, level in own:
+    for count, level in lowest.items():
         taus = sampling.host.taus(count) if count else []
         if taus and len(taus) == count:
+            name = f"one level, {count} steps" if level else "fewer steps"
             path = plan_of(table, name, nearest_path(table, taus, level))
             levels = (table.sparsities[level],) * count
             found.append(replace(path, taus=tuple(taus), levels=levels))
