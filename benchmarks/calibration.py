@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stageprune
-from ablations import STEPS
 from common import DEMOS, Subject, write_results
 from stageprune.core.host import sample
 
-PROMPTS, ROUNDS = 60, 3
+STEPS, PROMPTS, ROUNDS = 20, 60, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "consumers": {},
     "consumers, all tokens": {"tokens": 1.0},
@@ -33,22 +32,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="what is summed")
     options = parser.parse_args()
     for name in options.demos:
-        rows = compare(Subject(name), STEPS[name], options.only)
-        facts = {"demo": name, "prompts": PROMPTS, "steps": STEPS[name], "rounds": ROUNDS}
+        rows = compare(Subject(name), options.only)
+        facts = {"demo": name, "prompts": PROMPTS, "steps": STEPS, "rounds": ROUNDS}
         write_results(f"calibration-{name}", {**facts, **rows})
         for variant, row in rows["rows"].items():
             print(f"{name}: {variant} {row['seconds']:.2f} s, {row['ratio']:.2f} times just running", flush=True)
 
 
-def compare(demo: Subject, steps: int, variants: Sequence[str]) -> dict[str, Any]:
+def compare(demo: Subject, variants: Sequence[str]) -> dict[str, Any]:
     """Seconds of the plain run and of each calibration."""
     prompts, guidance = demo.demo.prompts(PROMPTS), demo.recipe.guidance
 
     def plain() -> None:
-        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), steps, guidance, 16)
+        sample(demo.host, demo.host.encode(prompts), range(PROMPTS), STEPS, guidance, 16)
 
     def calibrating(options: dict[str, Any]) -> Callable[[], object]:
-        given = {"steps": steps, "guidance": guidance, "kinds": demo.recipe.kinds, **options}
+        given = {"steps": STEPS, "guidance": guidance, "kinds": demo.recipe.kinds, **options}
         return lambda: stageprune.calibrate(demo.pipe, prompts, **given)
 
     runs: dict[str, Callable[[], object]] = {"just running": plain}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def write_results(name: str, data: dict[str, Any]) -> Path:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps({"environment": describe_environment(), **data}, indent=1) + "\n", "utf-8")
     return path
+
+
+def with_peak(work: Callable[[], Any]) -> tuple[Any, float, int]:
+    """Result, seconds, and bytes by which the process's peak memory rose above what it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before, started = status("VmRSS"), time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started, status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:

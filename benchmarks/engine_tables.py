@@ -33,16 +33,21 @@ default, the mean of the sets' ratios and their lowest and highest: three calibr
 judged on images of its own. Below 1 is better than the default."""
 
 DEFAULTS = """
-The defaults follow from this, with one exception: orders and consumers are shared by all stages. Keeping them apart
-(`order="stage"`) is better here and worse elsewhere ([results.md](results.md#shared-or-per-stage)), makes a bank larger
-by the number of stages, and ties it to them."""
+Read ranges, not means: layers' shares are measured anew in every row, and a small change anywhere changes that
+choice, which alone moves a cell by a tenth and more. The defaults follow from what is left. Measured shares of layers
+matter more than all other levers together; scores by the exact loss of a group are the safe choice (OBS-Diff's
+diagonal is better on one model and far worse on another); damping, weights of steps, guidance, tokens and a
+closed-form correction of the output are within chance, so that the simplest is the default. Orders per stage
+(`order="stage"`) are the one lever that is better in most cells and not the default: elsewhere they were worse
+([results.md](results.md#shared-or-per-stage)), they make a bank larger by the number of stages, and they tie it to
+them."""
 
 ORDER = """
 ## The greedy order at full size
 
 `python benchmarks/solver.py order`, one CPU thread, float64. The plain loop updates the inverse after every unit; it is
 timed on its first removals only, each of which costs the same; what all of them would take is not measured but
-multiplied."""
+multiplied. *Memory* is the most that the blocked order took beside H and the weights."""
 
 
 COST = """
@@ -189,15 +194,23 @@ def order_table(rows: list[dict[str, Any]]) -> str:
     """Seconds for all units; the plain loop's are its cost a removal times the units."""
     lines = [
         "",
-        "| neurons | outputs | blocked: all units, s | of it the inverse | plain loop: a removal, ms "
-        "| times all units, s | same first units |",
-        "|---|---|---|---|---|---|---|",
+        "| neurons | outputs | blocked: all units, s | of it the inverse | memory, GiB | of H "
+        "| plain loop: a removal, ms | times all units, s | same first units |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         plain = row["plain_cpu_seconds_a_removal"]
-        lines.append(
-            f"| {row['neurons']} | {row['outputs']} | {row['blocked_cpu_seconds']:.1f} | "
-            f"{row['inverse_cpu_seconds']:.1f} | {plain * 1e3:.0f} | {plain * row['units']:.0f} | "
-            f"{'yes' if row['first_removals_equal'] else 'no'} ({row['plain_removals']}) |"
-        )
+        same = "yes" if row["first_removals_equal"] else "no"
+        cells = [
+            f"{row['neurons']}",
+            f"{row['outputs']}",
+            f"{row['blocked_cpu_seconds']:.1f}",
+            f"{row['inverse_cpu_seconds']:.1f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['hessian_gib']:.2f}",
+            f"{plain * 1e3:.0f}",
+            f"{plain * row['units']:.0f}",
+            f"{same} ({row['plain_removals']})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,16 +9,14 @@ cost of a pruned model is checked by slicing that model and counting its forward
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import ROOT, write_results
+from common import ROOT, with_peak, write_results
 from stageprune.core.groups import (
     DenoiserCost,
     Group,
@@ -82,7 +80,7 @@ def main() -> None:
 
 def measure(name: str, architecture: Architecture) -> dict[str, Any]:
     """One architecture's row."""
-    (denoiser, groups, cost, kept), seconds, grown = planned(lambda: plan(architecture))
+    (denoiser, groups, cost, kept), seconds, grown = with_peak(lambda: plan(architecture))
     assert all(tensor.is_meta for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     counted = count_sliced(denoiser, groups, kept)
     asked = cost.macs(kept)
@@ -113,20 +111,6 @@ def plan(architecture: Architecture) -> tuple[nn.Module, list[Group], DenoiserCo
     cost = measure_cost(denoiser, groups)
     counts = kept_counts(width_groups(groups), cost, (0.0, 0.5))
     return denoiser, groups, cost, {name: levels[1] for name, levels in counts.items()}
-
-
-def planned(work: Callable[[], Any]) -> tuple[Any, float, int]:
-    """Result, seconds, and bytes by which the process's peak memory rose above what it held before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before, started = status("VmRSS"), time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started, status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    """A size from the kernel's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def count_sliced(denoiser: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import ROOT, Subject, write_results
+from common import ROOT, Subject, with_peak, write_results
 from stageprune.core.pruning.compensate import compensate, damp, with_bias
 from stageprune.core.pruning.obs import obs_order
 
@@ -81,7 +81,7 @@ def time_order(size: int, width: int, removals: int) -> dict[str, Any]:
     removals = min(removals, units)
     consumer, columns = expected_problem(size, outputs), torch.arange(units * width).view(units, width)
     started = time.process_time()
-    order = obs_order([consumer], [columns])
+    order, _, peak = with_peak(lambda: obs_order([consumer], [columns]))
     blocked = time.process_time() - started
     inverse = cpu_seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(consumer[1])))
     started = time.process_time()
@@ -94,13 +94,16 @@ def time_order(size: int, width: int, removals: int) -> dict[str, Any]:
         "units": units,
         "blocked_cpu_seconds": blocked,
         "inverse_cpu_seconds": inverse,
+        "peak_gib": peak / 2**30,
+        "hessian_gib": consumer[1].numel() * 8 / 2**30,
         "plain_removals": removals,
         "plain_cpu_seconds_a_removal": plain,
         "first_removals_equal": order.units[-removals:].tolist() == first.units.tolist(),
         "largest_loss_difference": float((order.losses[-removals:] / first.losses - 1).abs().max()),
     }
     print(
-        f"{size} -> {outputs}, width {width}: all {units} units in {blocked:.2f} s, the inverse alone {inverse:.2f} s; "
+        f"{size} -> {outputs}, width {width}: all {units} units in {blocked:.2f} s, the inverse alone {inverse:.2f} s, "
+        f"at most {row['peak_gib']:.2f} GiB beside the {row['hessian_gib']:.2f} GiB of H; "
         f"plain loop {plain * 1e3:.1f} ms a removal, the mean of its first {removals}, without the inverse; the same "
         f"units: {row['first_removals_equal']}, losses within {row['largest_loss_difference']:.0e}",
         flush=True,
