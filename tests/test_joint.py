@@ -295,8 +295,11 @@ def test_what_it_refuses(dit, bank):
         allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=4, fitness="beauty")
     with pytest.raises(AllocationError, match="strategy 'joint' makes stages of its own"):
         allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=4, stages=3)
-    with pytest.raises(AllocationError, match="needs at least 4 probe prompts, got 3"):
+    with pytest.raises(AllocationError, match="needs at least 4 probe prompts, half of them held out; got 3"):
         allocate(host, bank, strategy="joint", prompts=PROMPTS[:3], steps=4)
+    greedy = stageprune.Fitness("greedy", lambda made, dense: made.latents.flatten(1).mean(1), probes=4)
+    with pytest.raises(AllocationError, match="'greedy' needs at least 8 probe prompts"):
+        allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=4, fitness=greedy)
     with pytest.raises(AllocationError, match="not a single step fits"):
         allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=2, target=0.1)
     with pytest.raises(SearchError, match="`init` lists 2 steps of its own"):

@@ -55,7 +55,7 @@ def mean(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Fitness:
-    """What a search minimises.
+    """What a search minimises, and plans of steps are chosen by.
 
     Args:
         name: as users give it; a search's checkpoint is known by it.
@@ -130,7 +130,7 @@ FITNESS: dict[str, Maker] = {}
 
 
 def register_fitness(name: str) -> Callable[[Maker], Maker]:
-    """Decorator: make a fitness known to `search` by name.
+    """Decorator: make a fitness known by name to `search`, `allocate` and `compare`.
 
     Args:
         name: as users give it; whatever follows a colon is the maker's `argument`.

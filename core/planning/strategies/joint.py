@@ -106,9 +106,13 @@ class _Problem:
 
 
 def _planned(problem: _Problem, strategy: str) -> Allocation:
-    prompts = problem.request.sampling.prompts
-    if len(prompts) < LEAST_PROBES:
-        raise AllocationError(f"strategy {strategy!r} needs at least {LEAST_PROBES} probe prompts, got {len(prompts)}.")
+    count, fitness = len(problem.request.sampling.prompts), problem.request.fitness
+    least = max(LEAST_PROBES, 2 * fitness.probes)
+    if count < least:
+        raise AllocationError(
+            f"strategy {strategy!r} by fitness {fitness.name!r} needs at least {least} probe prompts, half of them "
+            f"held out; got {count}."
+        )
     table = problem.jumps()
     tried = _try(problem, table)
     if not tried:
