@@ -33,14 +33,10 @@ default, the mean of the sets' ratios and their lowest and highest: three calibr
 judged on images of its own. Below 1 is better than the default."""
 
 DEFAULTS = """
-Read ranges, not means: layers' shares are measured anew in every row, and a small change anywhere changes that
-choice, which alone moves a cell by a tenth and more. The defaults follow from what is left. Measured shares of layers
-matter more than all other levers together; scores by the exact loss of a group are the safe choice (OBS-Diff's
-diagonal is better on one model and far worse on another); damping, weights of steps, guidance, tokens and a
-closed-form correction of the output are within chance, so that the simplest is the default. Orders per stage
-(`order="stage"`) are the one lever that is better in most cells and not the default: elsewhere they were worse
-([results.md](results.md#shared-or-per-stage)), they make a bank larger by the number of stages, and they tie it to
-them."""
+Read ranges, not means: layers' shares are measured anew in every row, so that a row differs from the default by that
+choice too. Empty cells were not measured. Where ranges reach over 1 the simplest is the default. Orders per stage
+(`order="stage"`) are an option and not the default, also where they are better here: they make a bank larger by the
+number of stages and tie it to them, and other runs had them worse ([results.md](results.md#shared-or-per-stage))."""
 
 ORDER = """
 ## The greedy order at full size
