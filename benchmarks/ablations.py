@@ -23,7 +23,7 @@ from torch import Tensor
 
 import stageprune
 from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
-from levers import corrected_output, guided_rows, unbiased
+from levers import corrected_output, guided_rows, rounded_rows, unbiased
 from stageprune.core.calibration import Calibration
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import find_groups, measure_cost
@@ -90,6 +90,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "tokens": {
         "as many as `calibrate` draws by itself": Variant({"tokens": None}),
         **{f"{share:g} of them": Variant({"tokens": share}) for share in (0.5, 0.25, 0.1)},
+    },
+    "products": {
+        "inputs rounded to TF32": Variant(recording=lambda _: rounded_rows(11)),
+        "inputs rounded to bf16": Variant(recording=lambda _: rounded_rows(8)),
     },
     "multiple": {f"{multiple}": Variant(prune={"multiple": multiple}) for multiple in (1, 32, 64)},
     "heads": {"Cholesky diagonal, as OBS-Diff's code": Variant(prune={"method": "obs-diagonal"})},
@@ -199,7 +203,7 @@ class Runner:
         count = options.pop("count", PROMPTS)
         if "stages" in options:
             options["stages"] = STAGES[self.steps]
-        default = not variant.calibrate and variant.recording is not guided_rows
+        default = not variant.calibrate and variant.recording is Variant.recording
         if default and index in self.known:
             return self.known[index]
         made = stageprune.calibrate(

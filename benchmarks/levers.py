@@ -59,6 +59,22 @@ def guided_rows(demo: str) -> Iterator[None]:
 
 
 @contextmanager
+def rounded_rows(digits: int) -> Iterator[None]:
+    """Inputs rounded to so many binary digits before they are multiplied: 11 in TF32, 8 in bf16; sums stay float32."""
+    plain = HessianRecorder._add_rows
+
+    def rounded(recorder: HessianRecorder, path: str, rows: Tensor) -> None:
+        mantissa, exponent = torch.frexp(rows)
+        plain(recorder, path, torch.ldexp((mantissa * 2**digits).round(), exponent - digits))
+
+    HessianRecorder._add_rows = rounded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HessianRecorder._add_rows = plain  # type: ignore[method-assign]
+
+
+@contextmanager
 def corrected_output(demo: Subject, pruner: StagePruner, level: float, calibration: Calibration) -> Iterator[None]:
     """A scale and a shift of each output channel in each of five stages, fitted on dense trajectories."""
     stages, denoiser, reader = StageSchedule.from_levels([0.0] * 5), demo.host.denoiser, demo.host.tau_reader

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import stageprune
 from stageprune.core.calibration import Calibration, calibrate, step_weights
+from stageprune.core.calibration import hessian as recorders
 from stageprune.core.errors import CalibrationError, ScheduleError, StagePruneError
 from stageprune.core.groups import consumer_sites, find_groups, width_groups
 from stageprune.core.groups.layer import layer_at
@@ -98,6 +100,25 @@ def test_calibrating_leaves_no_trace_and_is_deterministic(pipe):
     assert bit_equal(first, second)
     assert inside(pipe.transformer) == structure
     assert "7 prompts, 10 steps" in str(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gpu_products_round_to_tf32_only_what_it_holds_exactly(dtype, monkeypatch):
+    """The switch is on while half precision is multiplied, and as the user left it before and after."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    switch = partial(getattr, matmul, name)
+    before, seen, plain = switch(), [], recorders._add_gram
+    monkeypatch.setattr(recorders, "_add_gram", lambda *args: (seen.append(switch()), plain(*args)))
+    recorder = recorders.HessianRecorder(torch.nn.Sequential(torch.nn.Linear(64, 3)), {"0": 64}, stages=1)
+    inputs = torch.randn(2, 8, 64).to(dtype)
+    recorder.add_batch("0", inputs)
+    assert seen == [before if dtype == torch.float32 else "tf32" if isinstance(before, str) else True]
+    assert switch() == before and before not in ("tf32", True)
+    rows = inputs.flatten(0, 1).double()
+    assert relative(recorder.hessians["0"][0, :-1, :-1].double(), rows.T @ rows) < 1e-6
+    mantissa, _ = torch.frexp(inputs.float())
+    assert dtype == torch.float32 or torch.equal((mantissa * 2**11).round(), mantissa * 2**11)
 
 
 def test_explicit_boundaries(pipe):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,17 @@ SLICES = 5
 NARROW = 256
 """Columns up to which one product is as fast."""
 
+HALVES = (torch.float16, torch.bfloat16)
+"""Types whose numbers have no more digits than TF32 keeps: 11 bits."""
+
 
 class HessianRecorder:
     """Sums H = sum of alpha x x^T per consumer and stage while the denoiser runs.
 
     A constant 1 is appended to x, so that the last row and column hold the inputs' sums and the compensation can
-    correct the bias too. Sums are float32; the solver works in float64.
+    correct the bias too. Sums are float32; the solver works in float64. Products of inputs in half precision run in
+    TF32 where a GPU has it, which holds such inputs exactly; those of float32 inputs only if
+    `torch.set_float32_matmul_precision` says so.
 
     Args:
         denoiser: the denoiser.
@@ -63,7 +68,8 @@ class HessianRecorder:
             if share < 1:
                 chosen = (torch.rand(rows.shape[1], generator=draws) < share).nonzero()[:, 0]
                 rows = rows[:, chosen.to(rows.device)]
-            self._add_rows(path, rows.flatten(0, 1).float())
+            with tf32_products() if rows.dtype in HALVES else nullcontext():
+                self._add_rows(path, rows.flatten(0, 1).float())
 
     def begin(self, seed: int) -> None:
         """Trajectories follow; their draws of tokens are those of this seed."""
@@ -110,6 +116,20 @@ class HessianRecorder:
         finally:
             for path in paths:
                 self.hessians[path] = self.hessians[path].cpu()
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """GPU products of float32 matrices round their inputs to TF32 within the block; sums stay float32."""
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 renamed the switch, and refuses to read the old one once the new one was set.
+    switch, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, switch)
+    setattr(matmul, switch, on)
+    try:
+        yield
+    finally:
+        setattr(matmul, switch, before)
 
 
 def _add_gram(total: Tensor, rows: Tensor, alpha: float) -> None:
