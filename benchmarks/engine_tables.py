@@ -54,7 +54,21 @@ medians of interleaved rounds, one thread. By default as many inputs are summed 
 column and stage (`python benchmarks/ablations.py --only tokens` measures what summing all of them changes)."""
 
 
-def page(methods: Results, ablations: Results, calibration: Results, order: dict[str, Any] | None) -> str:
+EXACT = """
+## Against slow references
+
+`python benchmarks/exactness.py`: random layers with independent, low-rank, repeated and dead inputs, beside plain
+float64 versions of the same algorithms, which invert H anew at each removal (the greedy order) or column (single
+weights). *Difference* is the largest, relative to the largest loss or weight."""
+
+
+def page(
+    methods: Results,
+    ablations: Results,
+    calibration: Results,
+    order: dict[str, Any] | None,
+    exactness: dict[str, Any] | None,
+) -> str:
     """The whole page."""
     parts = [HEAD]
     if methods:
@@ -65,6 +79,8 @@ def page(methods: Results, ablations: Results, calibration: Results, order: dict
         parts += [COST, cost_table(calibration)]
     if order:
         parts += [ORDER, order_table(order["rows"])]
+    if exactness:
+        parts += [EXACT, exact_table(exactness)]
     return "\n".join(parts) + "\n"
 
 
@@ -209,4 +225,15 @@ def order_table(rows: list[dict[str, Any]]) -> str:
             f"{same} ({row['plain_removals']})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def exact_table(exactness: dict[str, Any]) -> str:
+    """A row a solver."""
+    lines = ["", "| solver | layers | difference | not alike |", "|---|---|---|---|"]
+    for row in exactness["rows"]:
+        lines.append(
+            f"| {row['name']} | {exactness['layers']} | {row['difference']:.0e} "
+            f"| {row['different']} of {row['of']} ({row['what']}) |"
+        )
     return "\n".join(lines)

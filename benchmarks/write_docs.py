@@ -33,7 +33,8 @@ def main() -> None:
         (ROOT / "docs" / "findings.md").write_text(findings.page(*parts), "utf-8")
     methods, ablations = of_demos(found, "methods"), of_demos(found, "ablations")
     if methods or ablations:
-        page = engine_tables.page(methods, ablations, of_demos(found, "calibration"), found.get("solver-order"))
+        others = (found.get("solver-order"), found.get("exactness"))
+        page = engine_tables.page(methods, ablations, of_demos(found, "calibration"), *others)
         (ROOT / "docs" / "engine.md").write_text(page, "utf-8")
     fronts = {name: data for name, data in found.items() if name.startswith("front-")}
     if fronts:

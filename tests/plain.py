@@ -1,13 +1,16 @@
-"""Plain, slow versions of the solvers: what the fast ones must equal. Also timed by `benchmarks/solver.py`."""
+"""Plain, slow versions of the solvers, and layers on which the fast ones must equal them; also for the benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from stageprune.core.pruning.compensate import damp
 from stageprune.core.pruning.obs import Order
+from stageprune.core.pruning.sparse import NM, Share
+from support import hessian_of
 
 
 def plain_order(consumers: Sequence[tuple[Tensor, Tensor]], columns: Sequence[Tensor], removals: int = -1) -> Order:
@@ -86,7 +89,7 @@ def _costs(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
     return torch.stack(costs)
 
 
-def plain_sparsify(weight: Tensor, hessian: Tensor, span: int, zeros_of) -> Tensor:
+def plain_sparsify(weight: Tensor, hessian: Tensor, span: int, zeros_of: Callable[[Tensor], Tensor]) -> Tensor:
     """SparseGPT column by column: no factor, no blocks, but the inverse of what is not yet fixed, anew at each.
 
     Args:
@@ -109,3 +112,34 @@ def plain_sparsify(weight: Tensor, hessian: Tensor, span: int, zeros_of) -> Tens
         weight[:, j:] -= gone[:, None] / inverses[j][0, 0] * inverses[j][0]
         weight[mask[:, j % span], j] = 0
     return weight
+
+
+def layer_problem(
+    seed: int, columns: int, outputs: int, kind: str = "full", rows: int | None = None, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """A layer with its bias, and its damped Hessian, in float64; `kind` is how its inputs hang together."""
+    generator = torch.Generator().manual_seed(seed)
+    count = rows or 3 * columns
+    inputs = torch.randn(count, columns, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + 0.5
+    if kind == "low rank":
+        inputs[:, columns // 2 :] = inputs[:, : columns - columns // 2] * 2
+    elif kind == "duplicates":
+        inputs[:, -1] = inputs[:, 0]
+    elif kind == "dead":
+        inputs[:, ::3] = 0
+    weight = torch.randn(outputs, columns + 1, generator=generator, dtype=torch.float64)
+    return weight, damp(hessian_of(inputs), damping)
+
+
+def zeros_of(pattern: Share | NM) -> Callable[[Tensor], Tensor]:
+    """The mask by sorting."""
+
+    def share(costs: Tensor) -> Tensor:
+        return costs.flatten().argsort().argsort().view_as(costs) < round(pattern.zeros * costs.numel())
+
+    def n_of_m(costs: Tensor) -> Tensor:
+        parts = costs.unflatten(1, (-1, pattern.of))
+        return (parts.argsort(2).argsort(2) < pattern.of - pattern.kept).flatten(1)
+
+    return share if isinstance(pattern, Share) else n_of_m

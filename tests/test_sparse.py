@@ -7,42 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plain import plain_sparsify
+from plain import layer_problem, plain_sparsify, zeros_of
 from stageprune.core.errors import BankError, CalibrationError
-from stageprune.core.pruning.compensate import damp, reconstruction_loss, with_bias
+from stageprune.core.pruning.compensate import reconstruction_loss, with_bias
 from stageprune.core.pruning.sparse import NM, Share, sparsify
-from support import hessian_of, relative
+from support import relative
 
 KINDS = ("full", "low rank", "duplicates", "dead")
-
-
-def problem(seed, columns, outputs, kind="full", rows=None, damping=0.01):
-    """A layer with its bias, and its damped Hessian."""
-    generator = torch.Generator().manual_seed(seed)
-    count = rows or 3 * columns
-    inputs = torch.randn(count, columns, generator=generator, dtype=torch.float64)
-    inputs = inputs @ torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + 0.5
-    if kind == "low rank":
-        inputs[:, columns // 2 :] = inputs[:, : columns - columns // 2] * 2
-    elif kind == "duplicates":
-        inputs[:, -1] = inputs[:, 0]
-    elif kind == "dead":
-        inputs[:, ::3] = 0
-    weight = torch.randn(outputs, columns + 1, generator=generator, dtype=torch.float64)
-    return weight, damp(hessian_of(inputs), damping)
-
-
-def zeros_of(pattern):
-    """The mask by sorting."""
-
-    def share(costs):
-        return costs.flatten().argsort().argsort().view_as(costs) < round(pattern.zeros * costs.numel())
-
-    def n_of_m(costs):
-        parts = costs.unflatten(1, (-1, pattern.of))
-        return (parts.argsort(2).argsort(2) < pattern.of - pattern.kept).flatten(1)
-
-    return share if isinstance(pattern, Share) else n_of_m
 
 
 def lost(weight, hessian, result):
@@ -59,7 +30,7 @@ def lost(weight, hessian, result):
     kind=st.sampled_from(KINDS),
 )
 def test_share_is_the_direct_algorithm(seed, columns, outputs, zeros, block, kind):
-    weight, hessian = problem(seed, columns, outputs, kind)
+    weight, hessian = layer_problem(seed, columns, outputs, kind)
     got, bias = sparsify(weight, hessian, Share(zeros), block)
     expected = plain_sparsify(weight, hessian, block, zeros_of(Share(zeros)))
     assert torch.equal(got == 0, expected[:, :-1] == 0)
@@ -78,7 +49,7 @@ def test_share_is_the_direct_algorithm(seed, columns, outputs, zeros, block, kin
     kind=st.sampled_from(KINDS),
 )
 def test_n_of_m_is_the_direct_algorithm(seed, parts, outputs, pattern, block, kind):
-    weight, hessian = problem(seed, parts * pattern.of, outputs, kind)
+    weight, hessian = layer_problem(seed, parts * pattern.of, outputs, kind)
     got, bias = sparsify(weight, hessian, pattern, block)
     expected = plain_sparsify(weight, hessian, pattern.of, zeros_of(pattern))
     assert relative(torch.cat([got, bias[:, None]], 1), expected) < 1e-5
@@ -89,7 +60,7 @@ def test_n_of_m_is_the_direct_algorithm(seed, parts, outputs, pattern, block, ki
 @pytest.mark.parametrize("pattern", [Share(0.5), Share(0.8), NM(2, 4), NM(4, 8)], ids=str)
 def test_wide_layer_of_many_blocks(pattern):
     """More columns than a block, as many rows of data as half the columns: damping alone carries the rank."""
-    weight, hessian = problem(0, 320, 6, rows=160)
+    weight, hessian = layer_problem(0, 320, 6, rows=160)
     got, bias = sparsify(weight, hessian, pattern)
     span = pattern.of if isinstance(pattern, NM) else 128
     expected = plain_sparsify(weight, hessian, span, zeros_of(pattern))
@@ -100,7 +71,7 @@ def test_wide_layer_of_many_blocks(pattern):
 def test_making_up_beats_cutting(pattern):
     """Against the same mask on the dense weights, and against the smallest weights."""
     for seed in range(4):
-        weight, hessian = problem(seed, 64, 16)
+        weight, hessian = layer_problem(seed, 64, 16)
         got = sparsify(weight, hessian, pattern)
         dense, bias = weight[:, :-1], weight[:, -1]
         smallest = zeros_of(pattern)(dense.square())
@@ -110,7 +81,7 @@ def test_making_up_beats_cutting(pattern):
 
 
 def test_the_bias_makes_up_too():
-    weight, hessian = problem(0, 32, 8)
+    weight, hessian = layer_problem(0, 32, 8)
     got, bias = sparsify(weight, hessian, Share(0.6))
     assert lost(weight, hessian, (got, bias)) < lost(weight, hessian, (got, weight[:, -1]))
 
@@ -118,12 +89,12 @@ def test_the_bias_makes_up_too():
 def test_a_convolution_is_a_matrix_over_patches():
     conv = torch.nn.Conv2d(8, 6, 3, bias=False)
     weight = with_bias(conv.weight.flatten(1), conv.bias)
-    got, bias = sparsify(weight, problem(0, 72, 6)[1], NM(2, 4))
+    got, bias = sparsify(weight, layer_problem(0, 72, 6)[1], NM(2, 4))
     assert got.view_as(conv.weight).shape == (6, 8, 3, 3) and bias.shape == (6,)
 
 
 def test_no_zeros_is_the_dense_layer_and_inputs_stay():
-    weight, hessian = problem(0, 24, 5)
+    weight, hessian = layer_problem(0, 24, 5)
     before = weight.clone(), hessian.clone()
     for pattern in (Share(0.0), NM(4, 4)):
         got, bias = sparsify(weight, hessian, pattern)
@@ -133,7 +104,7 @@ def test_no_zeros_is_the_dense_layer_and_inputs_stay():
 
 
 def test_dead_inputs_lose_their_weights_first():
-    weight, hessian = problem(0, 30, 6, "dead", damping=1e-6)
+    weight, hessian = layer_problem(0, 30, 6, "dead", damping=1e-6)
     got, _ = sparsify(weight, hessian, Share(1 / 3))
     assert bool((got[:, ::3] == 0).all())
 
@@ -146,9 +117,12 @@ def test_dead_inputs_lose_their_weights_first():
         (lambda: Share(float("nan")), "share of zeros must be in"),
         (lambda: NM(0, 4), "keeps N of M weights, 1 <= N <= M; got 0:4"),
         (lambda: NM(5, 4), "got 5:4"),
-        (lambda: sparsify(*problem(0, 30, 2), NM(2, 4)), "2:4 sparsity needs a multiple of 4 columns, .* has 30"),
-        (lambda: sparsify(problem(0, 30, 2)[0], problem(0, 29, 2)[1], Share(0.5)), "Hessian of 31, got 30 x 30"),
-        (lambda: sparsify(*problem(0, 30, 2), Share(0.5), block=0), "`block` must be at least 1"),
+        (lambda: sparsify(*layer_problem(0, 30, 2), NM(2, 4)), "2:4 sparsity needs a multiple of 4 columns, .* has 30"),
+        (
+            lambda: sparsify(layer_problem(0, 30, 2)[0], layer_problem(0, 29, 2)[1], Share(0.5)),
+            "Hessian of 31, got 30 x 30",
+        ),
+        (lambda: sparsify(*layer_problem(0, 30, 2), Share(0.5), block=0), "`block` must be at least 1"),
     ],
 )
 def test_refusals(make, message):
@@ -158,7 +132,7 @@ def test_refusals(make, message):
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_hessian_that_was_not_damped(value):
-    weight, hessian = problem(0, 8, 2)
+    weight, hessian = layer_problem(0, 8, 2)
     hessian[3, :] = hessian[:, 3] = value
     with pytest.raises(CalibrationError, match="not positive definite: damp it"):
         sparsify(weight, hessian, Share(0.5))
