@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
 STEPS, FINE = 20, 40
-CALLS = (2, 3, 4, 6, 8, 10, 13, 16, 20)
-"""Budgets, in dense calls."""
+DEAR = (2, 4, 8, 12, 16)
+CALLS = {"dit-digits": (2, 3, 4, 6, 8, 10, 13, 16, 20), "sdxl-shapes": DEAR, "flux-shapes": DEAR}
+"""Budgets, in dense calls; fewer where a call is dear."""
 
 PRUNED_STEPS = (20, 8, 4)
 """Step counts at which pruning alone is tried."""
@@ -54,11 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
     parser.add_argument("--solver", nargs="+", default=[*SOLVERS], choices=SOLVERS, help="of the sampler")
-    parser.add_argument("--calls", nargs="+", type=int, default=[*CALLS], help="budgets, in dense calls")
+    parser.add_argument("--calls", nargs="+", type=int, help="budgets, in dense calls")
     options = parser.parse_args()
     for name in options.demos:
         for solver in options.solver:
-            Runner(name, solver).run(options.calls)
+            Runner(name, solver).run(options.calls or CALLS[name])
 
 
 class Runner:
@@ -83,7 +84,7 @@ class Runner:
         self.jumps: JumpTable | None = None
         self.told: dict[str, float] = {}
 
-    def run(self, budgets: list[int]) -> None:
+    def run(self, budgets: Sequence[int]) -> None:
         """All ways at all budgets."""
         self.row("fine", lambda: (None, FINE))
         for calls in budgets:
