@@ -53,6 +53,7 @@ class Variant:
         change: what is done to the calibration.
         running: entered around the images, given the demo, the bank and the level.
         demos: where it makes sense.
+        apart: calibrate with stages kept apart, as many as `STAGES` says.
     """
 
     calibrate: dict[str, Any] = field(default_factory=dict)
@@ -61,10 +62,8 @@ class Variant:
     change: Callable[[Calibration], Calibration] = lambda calibration: calibration
     running: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext()
     demos: tuple[str, ...] = DEMOS
+    apart: bool = False
 
-
-APART: dict[str, Any] = {"stages": ...}
-"""Calibrations whose stages are kept apart, as many as `STAGES` says."""
 
 GUIDED = ("dit-digits", "sdxl-shapes")
 JOINT = ("flux-shapes",)
@@ -76,8 +75,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "measured with 16 prompts": Variant(prune={"layer_prompts": 16}),
     },
     "sharing": {
-        "consumers per stage": Variant(APART, {"consumers": "stage"}),
-        "order and consumers per stage": Variant(APART, {"order": "stage"}),
+        "consumers per stage": Variant(prune={"consumers": "stage"}, apart=True),
+        "order and consumers per stage": Variant(prune={"order": "stage"}, apart=True),
     },
     "predecessors": {"pruned, in one package": Variant(prune={"predecessors": "pruned"})},
     "bias": {"no bias column": Variant(change=unbiased)},
@@ -107,7 +106,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "output": {"scale and shift per stage and channel": Variant(running=corrected_output)},
     "together": {
         "orders per stage, layers by 16 prompts, 128 prompts": Variant(
-            {**APART, "count": 128}, {"order": "stage", "layer_prompts": 16}
+            {"count": 128}, {"order": "stage", "layer_prompts": 16}, apart=True
         ),
     },
     "packages": {
@@ -201,9 +200,9 @@ class Runner:
         """With the variant's options and the set's seeds; the default's are made once."""
         options = dict(variant.calibrate)
         count = options.pop("count", PROMPTS)
-        if "stages" in options:
+        if variant.apart:
             options["stages"] = STAGES[self.steps]
-        default = not variant.calibrate and variant.recording is Variant.recording
+        default = not variant.calibrate and not variant.apart and variant.recording is Variant.recording
         if default and index in self.known:
             return self.known[index]
         made = stageprune.calibrate(
