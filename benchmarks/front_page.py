@@ -44,6 +44,11 @@ COLOURS = {
 OURS = ("joint", "joint by Frechet")
 METRICS = {"error": "latent MSE to 40 dense steps", "accuracy": "accuracy", "frechet": "Frechet distance"}
 LOW, HIGH, FEW = 4, 20, 8
+SHORT = (2, 4, 8)
+"""Budgets of the README's table."""
+
+PRUNED = ("uniform", "measured")
+SOLVERS = {"first": "first order", "second": "second order"}
 
 
 def page(results: Results, docs: Path) -> str:
@@ -171,12 +176,46 @@ def predictions(results: Results) -> str:
     return "\n".join(lines)
 
 
+def short(results: Results) -> str:
+    """The README's table: error and Frechet distance of each way at a few budgets."""
+    lines = [
+        f"Error (latent MSE to 40 dense steps) / Frechet distance to real images; cost in dense denoiser calls; "
+        f"{', '.join(_sets(results))} (`python benchmarks/front.py`):\n",
+        "| pipeline, solver | cost | fewer steps | best of pruning alone | steps and levels | the same, by Frechet |",
+        "|---|---|---|---|---|---|",
+    ]
+    for data in results.values():
+        for calls in SHORT:
+            rows = _rows(data, calls)
+            alone = [row for way, row in rows.items() if way.startswith(PRUNED)]
+            best = min(alone, key=lambda row: value(row, "error"), default=None)
+            found = [rows.get("fewer steps"), best, *(rows.get(way) for way in OURS)]
+            if rows:
+                cells = " | ".join(_cell(row) for row in found)
+                lines.append(f"| {data['demo']}, {SOLVERS[data['solver']]} | {calls} | {cells} |")
+    return "\n".join(lines)
+
+
+def _sets(results: Results) -> list[str]:
+    return [f"{data['sets']} x {data['count']} images of {data['demo']}" for data in _by_demo(results).values()]
+
+
+def _by_demo(results: Results) -> Results:
+    return {data["demo"]: data for data in results.values()}
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{value(row, 'error'):.4f} / {value(row, 'frechet'):.2f}"
+
+
+def _rows(data: dict[str, Any], calls: int) -> dict[str, dict[str, Any]]:
+    """Way -> row, of those that a budget allows."""
+    rows = {key.partition("/"): row for key, row in data["rows"].items() if "refused" not in row}
+    return {way: row for (budget, _, way), row in rows.items() if way and budget == str(calls)}
+
+
 def _wins(data: dict[str, Any], calls: int, way: str, metric: str) -> bool:
-    rows = {
-        key.partition("/")[2]: row
-        for key, row in data["rows"].items()
-        if key.partition("/")[0] == str(calls) and "refused" not in row
-    }
+    rows = _rows(data, calls)
     if way not in rows:
         return False
     mine, all_ways = value(rows[way], metric), [value(row, metric) for row in rows.values()]

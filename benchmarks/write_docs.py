@@ -9,16 +9,16 @@ import json
 import re
 from typing import Any
 
-import stages_page
-
 import engine_tables
 import findings
 import front_page
+import stages_page
 from common import DEMOS, RESULTS, ROOT
 from families import table as families_table
 from quality import show, tables
 
-BEGIN, END = "<!-- results: benchmarks/write_docs.py -->", "<!-- /results -->"
+BLOCK = "<!-- {name}: benchmarks/write_docs.py -->", "<!-- /{name} -->"
+"""Around what is written into the README."""
 
 
 def main() -> None:
@@ -43,10 +43,20 @@ def main() -> None:
     if any(of_demos(found, kind) for kind in kinds):
         page = stages_page.page(*(of_demos(found, kind) for kind in kinds))
         (ROOT / "docs" / "stages.md").write_text(page, "utf-8")
+    into_readme("results", short_table(of_demos(found, "quality")))
+    if fronts:
+        into_readme("front", front_page.short(fronts))
+
+
+def into_readme(name: str, text: str) -> None:
+    """Put a text between the marks of a block."""
+    begin, end = (mark.format(name=name) for mark in BLOCK)
     readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    block = f"{BEGIN}\n{short_table(of_demos(found, 'quality'))}\n{END}"
-    readme.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL), "utf-8")
+    block = f"{begin}\n{text}\n{end}"
+    found = re.sub(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, readme.read_text("utf-8"), flags=re.DOTALL
+    )
+    readme.write_text(found, "utf-8")
 
 
 HEAD = """# Results

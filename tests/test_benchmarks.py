@@ -9,12 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import stages_page
-
 import common
 import families
 import front
 import front_page
+import stages_page
 
 
 @pytest.mark.parametrize("name", [*families.TINY])
