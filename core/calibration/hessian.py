@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,13 @@ SLICES = 5
 NARROW = 256
 """Columns up to which one product is as fast."""
 
-HALVES = (torch.float16, torch.bfloat16)
-"""Types whose numbers have no more digits than TF32 keeps: 11 bits."""
-
 
 class HessianRecorder:
     """Sums H = sum of alpha x x^T per consumer and stage while the denoiser runs.
 
     A constant 1 is appended to x, so that the last row and column hold the inputs' sums and the compensation can
-    correct the bias too. Sums are float32; the solver works in float64. Products of inputs in half precision run in
-    TF32 where a GPU has it, which holds such inputs exactly; those of float32 inputs only if
-    `torch.set_float32_matmul_precision` says so.
+    correct the bias too. Sums are float32, of products in TF32 on a GPU: inputs in half precision lose nothing by it,
+    and float32 ones nothing that could be seen in images (`docs/engine.md`). The solver works in float64.
 
     Args:
         denoiser: the denoiser.
@@ -68,8 +64,7 @@ class HessianRecorder:
             if share < 1:
                 chosen = (torch.rand(rows.shape[1], generator=draws) < share).nonzero()[:, 0]
                 rows = rows[:, chosen.to(rows.device)]
-            with tf32_products() if rows.dtype in HALVES else nullcontext():
-                self._add_rows(path, rows.flatten(0, 1).float())
+            self._add_rows(path, rows.flatten(0, 1).float())
 
     def begin(self, seed: int) -> None:
         """Trajectories follow; their draws of tokens are those of this seed."""
@@ -85,7 +80,8 @@ class HessianRecorder:
     def _add_rows(self, path: str, rows: Tensor) -> None:
         hessian = self.hessians[path][self.stage]
         sums = rows.sum(0).to(hessian.device)
-        _add_gram(hessian[:-1, :-1], rows, self.alpha)
+        with tf32_products():
+            _add_gram(hessian[:-1, :-1], rows, self.alpha)
         hessian[-1, :-1].add_(sums, alpha=self.alpha)
         hessian[:-1, -1].add_(sums, alpha=self.alpha)
         hessian[-1, -1] += self.alpha * len(rows)
