@@ -121,10 +121,10 @@ def table(data: dict[str, Any]) -> str:
         "| budget | way | calls | steps | error | accuracy | Frechet |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, row in data["rows"].items():
+    keys = [key for key, row in data["rows"].items() if "/" in key and "refused" not in row]
+    for key in sorted(keys, key=_place):
+        row = data["rows"][key]
         calls, _, way = key.partition("/")
-        if not way or "refused" in row:
-            continue
         name, _, count = way.partition(", ")
         text = NAMES[name] + (f", {count}" if count else "")
         text = f"**{text}**" if name in OURS else text
@@ -174,6 +174,12 @@ def predictions(results: Results) -> str:
             told = f"{ratios[0]:.2f} | {median(ratios):.2f} | {ratios[-1]:.2f}"
             lines.append(f"| {data['demo']} | {data['solver']} | {len(ratios)} | {told} |")
     return "\n".join(lines)
+
+
+def _place(key: str) -> tuple[int, int]:
+    """By budget, then as in `NAMES`; a way's step counts stay in the order in which they ran."""
+    calls, _, way = key.partition("/")
+    return int(calls), [*NAMES].index(way.partition(", ")[0])
 
 
 def short(results: Results) -> str:
