@@ -107,6 +107,8 @@ def draw(solvers: Results, path: Path, low: int, high: int, steps: Sequence[str]
                 panel.plot(*zip(*points, strict=True), label=text, lw=2.2 if way in OURS else 1.2, **style)
             if metric == "error":
                 panel.set_yscale("log")
+            if metric == "accuracy":
+                panel.set_ylim(top=1.01)
             panel.set(xlabel="cost in dense calls", title=f"{label} ({solver} order)")
             panel.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -29,7 +29,7 @@ class HessianRecorder:
 
     A constant 1 is appended to x, so that the last row and column hold the inputs' sums and the compensation can
     correct the bias too. Sums are float32, of products in TF32 on a GPU: inputs in half precision lose nothing by it,
-    and float32 ones nothing that could be seen in images (`docs/engine.md`). The solver works in float64.
+    and float32 ones nothing that images tell from chance (`docs/engine.md`). The solver works in float64.
 
     Args:
         denoiser: the denoiser.
