@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @register_fitness("frechet")
 def frechet(request: FitnessRequest) -> Fitness:
-    """Squared Frechet distance to the judge's real images. Few probes overstate it, all candidates' alike."""
+    """Squared Frechet distance to the judge's real images.
+
+    Few probes overstate it, and not all candidates' alike: with fewer than twice the judge's features (64) their order
+    is partly chance.
+    """
     from ...evaluation.judge import feature_statistics, frechet_distance  # noqa: PLC0415  (it builds on planning)
 
     judge = _judge_of(request, "frechet")
