@@ -45,6 +45,9 @@ TOGETHER: dict[str, tuple[str, str]] = {
 }
 """Ways that choose steps: their strategy, and by what it chooses."""
 
+SET_PROBES = 64
+"""Prompts to plan with by a set metric, at least: half of them choose, and fewer do not tell sets apart."""
+
 SOLVERS = ("first", "second")
 COUNT, SETS = 40, 3
 FIRST_SEED = 700_000
@@ -125,7 +128,8 @@ class Runner:
 
     def allocate(self, **options: Any) -> Allocation:
         """With the demo's probes."""
-        prompts = self.demo.demo.prompts(self.demo.recipe.probes)
+        count, by_set = self.demo.recipe.probes, options.get("fitness") == "frechet"
+        prompts = self.demo.demo.prompts(max(count, SET_PROBES) if by_set else count)
         found: Allocation = self.demo.allocate(self.bank, prompts=prompts, **options)
         return found
 
