@@ -33,7 +33,8 @@ LATENCY = """
 ## A schedule for a speed-up
 
 `python benchmarks/latency.py`: `target="speedup:1.3"` takes denoiser times at each level, measured on the device; then
-whole images run, dense and pruned in turn, {rounds} rounds, medians of ratios."""
+whole images run, dense and pruned in turn, {rounds} rounds, medians of ratios. *Load*: processes that wanted the
+machine's cores meanwhile, this one among them."""
 
 FITNESS = """
 ## What the aim does to the schedule
@@ -136,12 +137,14 @@ def prediction_table(results: Results) -> str:
 
 def latency_table(results: Results) -> str:
     """A row a demo and speed-up."""
-    lines = ["", "| demo | asked | an image runs | off by | MACs |", "|---|---|---|---|---|"]
+    lines = ["", "| demo | asked | an image runs | off by | MACs | load |", "|---" * 6 + "|"]
     for name, data in results.items():
         for row in data["rows"]:
             found = row["image"]["speedup"]
             off = found / row["asked"] - 1
-            lines.append(f"| {name} | {row['asked']} x | {found:.3f} x | {off:+.1%} | {row['macs']:.3f} |")
+            lines.append(
+                f"| {name} | {row['asked']} x | {found:.3f} x | {off:+.1%} | {row['macs']:.3f} | {data['load']:.1f} |"
+            )
     return "\n".join(lines)
 
 
