@@ -22,10 +22,13 @@ def test_slicing_equals_masking_on_a_tiny_model_of_each_architecture(name):
     assert found["checks"] >= 3 and found["largest_error"] < 1e-4
 
 
+CALLS = front.CALLS["dit-digits"]
+
+
 def front_of(demo: str, solver: str) -> dict:
     """What `front.py` writes, made up: error 1 / cost, half of it for steps and levels."""
     rows = {"fine": {"calls": 40.0, "steps": 40}}
-    for calls in front.CALLS:
+    for calls in CALLS:
         for way in ("fewer steps", "steps", "joint", "joint by Frechet", "uniform, 20 steps", "measured, 4 steps"):
             error = {"mean": (0.5 if way.startswith("joint") else 1.0) / calls, "std": 0.0}
             facts = {
@@ -44,13 +47,18 @@ def front_of(demo: str, solver: str) -> dict:
 def test_the_page_of_fronts_counts_who_is_best(tmp_path):
     fronts = {f"front-x-{solver}": front_of("x", solver) for solver in front.SOLVERS}
     text = front_page.page(fronts, tmp_path)
-    budgets = len(front.CALLS) - 1
+    budgets = len(CALLS) - 1
     assert f"| x | first | steps and levels | {budgets - 1} of {budgets} | {budgets - 1} of {budgets} |" in text
     assert f"| x | second | steps and levels, by Frechet | {budgets} of {budgets} |" in text and "| 0.50 |" in text
     assert (
         f"| x | first | fewer steps | 0 of {budgets} | {budgets} of {budgets} | {budgets} of {budgets} | 1.00 |" in text
     )
-    assert f"| x | first | {2 * len(front.CALLS) - 1} | 3.00 | 3.00 | 3.00 |" in text
+    assert f"| x | first | {2 * len(CALLS) - 1} | 3.00 | 3.00 | 3.00 |" in text
+    short = front_page.short(fronts)
+    assert "| x, second order | 4 | 0.2500 / 2.00 | 0.2500 / 2.00 | 0.1250 / 2.00 | 0.1250 / 2.00 |" in short
+    assert "| x, first order | 2 | 0.5000 / 2.00 | 0.5000 / 2.00 |  | 0.2500 / 2.00 |" in short, (
+        "refused: an empty cell"
+    )
     assert (tmp_path / "front-x.png").stat().st_size > 10_000 and (tmp_path / "front-x-few.png").exists()
 
 
