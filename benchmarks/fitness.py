@@ -55,7 +55,7 @@ def compare(demo: Subject, generations: int) -> dict[str, Any]:
             guidance=demo.recipe.guidance,
             steps=STEPS,
             stages=STAGES,
-            prompts=demo.demo.prompts(2 * PROBES),
+            prompts=demo.prompts(2 * PROBES, begin=COUNT),  # of the law of the judge's real images
             seed=40_000,
         )
         with applied(demo.host, bank) as pruner:

@@ -46,7 +46,7 @@ TOGETHER: dict[str, tuple[str, str]] = {
 """Ways that choose steps: their strategy, and by what it chooses."""
 
 SET_PROBES = 64
-"""Prompts to plan with by a set metric, at least: half of them choose, and fewer do not tell sets apart."""
+"""Prompts to plan with by a set metric: half of them choose, and fewer do not tell sets apart."""
 
 SOLVERS = ("first", "second")
 COUNT, SETS = 40, 3
@@ -127,9 +127,11 @@ class Runner:
         return found.schedule, steps
 
     def allocate(self, **options: Any) -> Allocation:
-        """With the demo's probes."""
-        count, by_set = self.demo.recipe.probes, options.get("fitness") == "frechet"
-        prompts = self.demo.demo.prompts(max(count, SET_PROBES) if by_set else count)
+        """With the demo's probes; by a set metric, with prompts of the law of the judge's real images."""
+        if options.get("fitness") == "frechet":
+            prompts = self.demo.prompts(SET_PROBES, begin=SETS * COUNT)
+        else:
+            prompts = self.demo.demo.prompts(self.demo.recipe.probes)
         found: Allocation = self.demo.allocate(self.bank, prompts=prompts, **options)
         return found
 

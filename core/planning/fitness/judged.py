@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def frechet(request: FitnessRequest) -> Fitness:
     """Squared Frechet distance to the judge's real images.
 
-    Few probes overstate it, and not all candidates' alike: with fewer than twice the judge's features (64) their order
-    is partly chance.
+    The probes' prompts must ask for what those show: the distance between images of other things says nothing of
+    pruning. Few probes overstate it, and not all candidates' alike: with fewer than twice the judge's features (64)
+    their order is partly chance.
     """
     from ...evaluation.judge import feature_statistics, frechet_distance  # noqa: PLC0415  (it builds on planning)
 
