@@ -26,12 +26,14 @@ SETTINGS = dataclasses.replace(OPTIONS["settings"], generations=12, offspring=8,
 LONGER = {**OPTIONS, "settings": SETTINGS, "steps": 6, "stages": 6}
 
 
-def run(host, bank, path: Path, result: Path, seconds: float | None = None) -> tuple[bool, float]:
-    """Search in a child, which SIGKILL ends after so much processor time. Whether it did, and what the child took."""
+def run(host, bank, path: Path, result: Path, seconds: float | None = None, generation: int = -1) -> tuple[bool, float]:
+    """Search in a child, which SIGKILL ends so much processor time after its checkpoint has got to a generation.
+    Whether it did, and what the child took.
+    """
     child = os.fork()
     if child == 0:
         if seconds is not None:
-            threading.Thread(target=die, args=(time.process_time() + seconds,), daemon=True).start()
+            threading.Thread(target=die, args=(path, generation, seconds), daemon=True).start()
         result.write_text(json.dumps(told(search(host, bank, **LONGER, checkpoint=path))))
         os._exit(0)
     _, status, used = os.wait4(child, 0)
@@ -39,8 +41,11 @@ def run(host, bank, path: Path, result: Path, seconds: float | None = None) -> t
     return os.WIFSIGNALED(status), used.ru_utime + used.ru_stime
 
 
-def die(at: float) -> None:
-    """Processor time, not time, so that a busy machine changes nothing."""
+def die(path: Path, generation: int, seconds: float) -> None:
+    """Processor time, not time, so that a busy machine changes little."""
+    while generations(path) < generation:
+        time.sleep(0.003)
+    at = time.process_time() + seconds
     while time.process_time() < at:
         time.sleep(0.003)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -61,9 +66,12 @@ def main(folder: Path, kills: int) -> None:
     _, whole = run(host, bank, folder / "whole.part", folder / "whole.json")
     draw, at, killed = random.Random(), [], True
     while killed:
-        # Three draws never add up to the whole, so that there are three kills at least.
-        seconds = draw.uniform(0.05, 0.3) * whole if len(at) < kills else None
-        killed, _ = run(host, bank, folder / "killed.part", folder / "killed.json", seconds)
+        # Two draws never add up to the whole, and every third child gets a little further than those before it: there
+        # are three kills at least, and not all in one generation.
+        further = len(at) % 3 == 2
+        seconds = draw.uniform(0.0, 0.05 if further else 0.3) * whole if len(at) < kills else None
+        generation = max(at) + 1 if further else -1
+        killed, _ = run(host, bank, folder / "killed.part", folder / "killed.json", seconds, generation)
         at += [generations(folder / "killed.part")] if killed else []
     same = (folder / "killed.json").read_text() == (folder / "whole.json").read_text()
     outcome = {"killed": len(at), "identical": same, "generations": at, "seconds": whole}
