@@ -25,7 +25,7 @@ from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
 from stageprune.core.errors import AllocationError
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost
-from stageprune.core.host import sample
+from stageprune.core.host import Prompt, sample
 from stageprune.core.planning import Allocation, ErrorTable, JumpTable
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
@@ -85,7 +85,7 @@ class Runner:
         self.dense = [self.sample(index, STEPS) for index in range(SETS)]
         self.tables: dict[int, ErrorTable | None] = {}
         self.jumps: JumpTable | None = None
-        self.told: dict[str, float] = {}
+        self.told: dict[str, Any] = {}
 
     def run(self, budgets: Sequence[int]) -> None:
         """All ways at all budgets."""
@@ -115,7 +115,8 @@ class Runner:
             judge=self.demo.judge,
         )
         self.jumps = found.jumps
-        self.told = {"predicted": found.candidates[0].predicted, "held_out": found.candidates[0].measured}
+        best = found.candidates[0]
+        self.told = {"predicted": best.predicted, "held_out": best.measured, "probes": len(self.probes(fitness))}
         return found.schedule, len(found.schedule.taus or ())
 
     def pruned(self, calls: int, strategy: str, steps: int) -> tuple[StageSchedule, int]:
@@ -127,13 +128,16 @@ class Runner:
         return found.schedule, steps
 
     def allocate(self, **options: Any) -> Allocation:
-        """With the demo's probes; by a set metric, with prompts of the law of the judge's real images."""
-        if options.get("fitness") == "frechet":
-            prompts = self.demo.prompts(SET_PROBES, begin=SETS * COUNT)
-        else:
-            prompts = self.demo.demo.prompts(self.demo.recipe.probes)
+        """With the demo's guidance, on probes for what it is chosen by."""
+        prompts = self.probes(options.get("fitness", "latent_mse"))
         found: Allocation = self.demo.allocate(self.bank, prompts=prompts, **options)
         return found
+
+    def probes(self, fitness: str) -> list[Prompt]:
+        """The demo's; by a set metric, prompts of the law of the judge's real images."""
+        if fitness == "frechet":
+            return self.demo.prompts(SET_PROBES, begin=SETS * COUNT)
+        return self.demo.demo.prompts(self.demo.recipe.probes)
 
     def row(self, key: str, choose: Callable[[], tuple[StageSchedule | None, int]]) -> None:
         """Choose and judge, on images that no choice has seen."""

@@ -62,7 +62,7 @@ def page(results: Results, docs: Path) -> str:
         facts = next(iter(mine.values()))
         parts.append(
             f"\n## {name}\n\n{facts['sets']} seed sets of {facts['count']} images; {facts['environment']['cpu']}, "
-            "float32."
+            f"float32.{_set_probes(mine)}"
             f"\n\n![{name}: error, accuracy and Frechet distance against cost]({picture})\n\nFew steps:\n\n"
             f"![{name}, few steps]({few})"
         )
@@ -202,6 +202,14 @@ def short(results: Results) -> str:
                 cells = " | ".join(_cell(row) for row in found)
                 lines.append(f"| {data['demo']}, {SOLVERS[data['solver']]} | {calls} | {cells} |")
     return "\n".join(lines)
+
+
+def _set_probes(solvers: Results) -> str:
+    """On how many prompts plans by Frechet distance were made."""
+    rows = [row for data in solvers.values() for key, row in data["rows"].items() if key.endswith("by Frechet")]
+    counts = sorted({row["probes"] for row in rows if "probes" in row})
+    told = " or ".join(map(str, counts))
+    return f" Plans by Frechet distance were made on {told} prompts, half of them held out." if counts else ""
 
 
 def _sets(results: Results) -> list[str]:

@@ -117,19 +117,27 @@ def plain_sparsify(weight: Tensor, hessian: Tensor, span: int, zeros_of: Callabl
 def layer_problem(
     seed: int, columns: int, outputs: int, kind: str = "full", rows: int | None = None, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """A layer with its bias, and its damped Hessian, in float64; `kind` is how its inputs hang together."""
+    """A layer with its bias, and its damped Hessian, in float64; `kind` as of `spoil`."""
     generator = torch.Generator().manual_seed(seed)
     count = rows or 3 * columns
     inputs = torch.randn(count, columns, generator=generator, dtype=torch.float64)
     inputs = inputs @ torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + 0.5
+    spoil(inputs, kind)
+    weight = torch.randn(outputs, columns + 1, generator=generator, dtype=torch.float64)
+    return weight, damp(hessian_of(inputs), damping)
+
+
+def spoil(inputs: Tensor, kind: str) -> None:
+    """Make some columns of inputs depend on others, or on nothing; `full` leaves them as they are."""
+    half = inputs.shape[1] // 2
     if kind == "low rank":
-        inputs[:, columns // 2 :] = inputs[:, : columns - columns // 2] * 2
+        inputs[:, half:] = inputs[:, : inputs.shape[1] - half] * 2
     elif kind == "duplicates":
         inputs[:, -1] = inputs[:, 0]
     elif kind == "dead":
         inputs[:, ::3] = 0
-    weight = torch.randn(outputs, columns + 1, generator=generator, dtype=torch.float64)
-    return weight, damp(hessian_of(inputs), damping)
+    elif kind == "constant":
+        inputs[:, 0] = 3.0
 
 
 def zeros_of(pattern: Share | NM) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plain import spoil
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import consumer_sites
@@ -36,14 +37,7 @@ def random_rows(seed, count, width, kind):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, width, generator=generator, dtype=torch.float64)
     rows = rows @ torch.randn(width, width, generator=generator, dtype=torch.float64) + 0.5
-    if kind == "low rank":
-        rows[:, width // 2 :] = rows[:, : width - width // 2] * 2
-    elif kind == "duplicates":
-        rows[:, -1] = rows[:, 0]
-    elif kind == "dead":
-        rows[:, ::3] = 0
-    elif kind == "constant":
-        rows[:, 0] = 3.0
+    spoil(rows, kind)
     return rows
 
 
