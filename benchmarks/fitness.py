@@ -17,7 +17,7 @@ from stageprune.core.planning import SearchSettings
 from stageprune.core.runtime import applied
 
 FITNESS = ("latent_mse", "image_ssim", "frechet")
-TARGET, STEPS, STAGES, PROBES, COUNT = 0.6, 10, 5, 32, 120
+TARGET, STEPS, STAGES, PROBES, COUNT = 0.6, 10, 5, 64, 120
 FIRST_SEED = 800_000
 
 
