@@ -45,6 +45,9 @@ TOGETHER: dict[str, tuple[str, str]] = {
 }
 """Ways that choose steps: their strategy, and by what it chooses."""
 
+PROBES = {"dit-digits": 40, "sdxl-shapes": 32, "flux-shapes": 64}
+"""Prompts to plan with by error: more where errors of single images differ more."""
+
 SET_PROBES = 128
 """Prompts to plan with by a set metric: half of them choose. In sets of 64 the Frechet distance ranks schedules nearly
 as in sets twice as large; in sets of 32 it does less well."""
@@ -136,10 +139,10 @@ class Runner:
         return found
 
     def probes(self, fitness: str) -> list[Prompt]:
-        """The demo's; by a set metric, prompts of the law of the judge's real images."""
+        """Of calibration; by a set metric, prompts of the law of the judge's real images."""
         if fitness == "frechet":
             return self.demo.prompts(SET_PROBES, begin=SETS * COUNT)
-        return self.demo.demo.prompts(self.demo.recipe.probes)
+        return self.demo.demo.prompts(PROBES[self.demo.name])
 
     def row(self, key: str, choose: Callable[[], tuple[StageSchedule | None, int]]) -> None:
         """Choose and judge, on images that no choice has seen."""
