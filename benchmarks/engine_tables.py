@@ -37,9 +37,9 @@ Read ranges, not means: layers' shares are measured anew in every row, so that a
 choice too. Empty cells were not measured. Where ranges reach over 1 the simplest is the default.
 
 The row *together* is what to take for the least error, if a bank may be larger by the number of its stages and tied to
-them: `calibrate` with 128 prompts and 4 or 5 stages, then `prune(order="stage", layer_prompts=16)`. It is not the default
-for those two reasons, because rows are then gathered at every switch, and because orders per stage alone were worse in
-other runs ([results.md](results.md#shared-or-per-stage))."""
+them: `calibrate` with 128 prompts and 4 or 5 stages, then `prune(order="stage", layer_prompts=16)`. It is not the
+default for those two reasons, because rows are then gathered at every switch, and because orders per stage alone were
+worse in other runs ([results.md](results.md#shared-or-per-stage))."""
 
 ORDER = """
 ## The greedy order at full size
