@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stageprune import Bundle, StageSchedule, find_groups
 from stageprune.core.calibration import calibrate
-from stageprune.core.calibration.hessian import HessianRecorder, design_rows, sample_rows
+from stageprune.core.calibration.hessian import HessianRecorder, design_rows, drawn_rows, sample_rows
 from stageprune.core.errors import BankError, BundleError, CalibrationError, GroupError
 from stageprune.core.groups import measure_cost, width_groups
 from stageprune.core.groups.group import Cols, Group, Rows, check_groups
@@ -60,6 +60,19 @@ def test_a_convolution_is_a_matrix_over_patches(config, numbers):
     assert float((got - expected).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("config", list(CONVS.values()), ids=list(CONVS))
+@pytest.mark.parametrize("numbers", [1, 5000, 10**9])
+def test_drawn_rows_are_rows(config, numbers):
+    """The very rows of the places that are drawn, in their order, whatever the parts."""
+    conv, inputs = nn.Conv2d(5, 7, **{"kernel_size": 3, **config}), torch.randn(2, 5, 11, 13)
+    rows = torch.cat(list(sample_rows(conv, inputs)), 1)
+    parts = list(drawn_rows(conv, inputs, 0.4, torch.Generator().manual_seed(3), numbers))
+    chosen = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(3)) < 0.4
+    assert torch.equal(torch.cat(parts, 1), rows[:, chosen])
+    assert len(parts) == (chosen.sum() if numbers == 1 else len(parts))
+    assert numbers == 1 or all(part.numel() <= numbers for part in parts)
+
+
 def test_columns_of_a_channel():
     conv = nn.Conv2d(4, 2, (2, 3))
     assert taps_of(conv) == 6 and inputs_of(conv) == 4 and taps_of(nn.Linear(4, 2)) == 1
@@ -87,7 +100,7 @@ def test_what_is_drawn_does_not_depend_on_the_parts(monkeypatch):
     path = f"{CONV}.conv2"
     inputs, found = torch.randn(3, 32, 8, 8), []
     for numbers in (1, 3 * 8 * 288, 10**9):
-        monkeypatch.setattr(sample_rows, "__defaults__", (numbers,))
+        monkeypatch.setattr(drawn_rows, "__defaults__", (numbers,))
         recorder = HessianRecorder(denoiser, {path: 288}, 1, {path: 0.4})
         recorder.begin(7)
         recorder.add_batch(path, inputs)

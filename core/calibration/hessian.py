@@ -59,11 +59,10 @@ class HessianRecorder:
         """
         if self.alpha == 0:
             return  # inputs that do not count must not count for the rank either
-        share, draws = self.tokens.get(path, 1.0), self._draws(path)
-        for rows in sample_rows(layer_at(self.denoiser, path), inputs.detach()):
-            if share < 1:
-                chosen = (torch.rand(rows.shape[1], generator=draws) < share).nonzero()[:, 0]
-                rows = rows[:, chosen.to(rows.device)]
+        layer, share, draws = layer_at(self.denoiser, path), self.tokens.get(path, 1.0), self._draws(path)
+        every = share >= 1
+        parts = sample_rows(layer, inputs.detach()) if every else drawn_rows(layer, inputs.detach(), share, draws)
+        for rows in parts:
             self._add_rows(path, rows.flatten(0, 1).float())
 
     def begin(self, seed: int) -> None:
@@ -162,16 +161,60 @@ def sample_rows(layer: Layer, inputs: Tensor, numbers: int = PATCH_NUMBERS) -> I
     if isinstance(layer, nn.Linear):
         yield inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return
-    (tall, wide), (down, across), (gap, gap_across) = layer.kernel_size, layer.stride, layer.dilation
-    # As Conv2d itself pads, whatever its `padding` and `padding_mode`.
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    samples, channels, height, width = padded.shape
-    lines = (height - gap * (tall - 1) - 1) // down + 1
-    places = (width - gap_across * (wide - 1) - 1) // across + 1
-    step = max(1, numbers // (samples * places * channels * taps_of(layer)))
+    (tall, _), (down, _), (gap, _) = layer.kernel_size, layer.stride, layer.dilation
+    padded, lines, places = _padded(layer, inputs)
+    step = max(1, numbers // (len(inputs) * places * inputs.shape[1] * taps_of(layer)))
     for begin in range(0, lines, step):
         end = min(begin + step, lines)
         part = padded[:, :, begin * down : (end - 1) * down + gap * (tall - 1) + 1]
         patches = F.unfold(part, layer.kernel_size, layer.dilation, 0, layer.stride)  # (samples, columns, places)
         yield patches.mT
+
+
+def drawn_rows(
+    layer: Layer, inputs: Tensor, share: float, draws: torch.Generator, numbers: int = PATCH_NUMBERS
+) -> Iterator[Tensor]:
+    """About this share of the rows of `sample_rows`, the same places of every sample.
+
+    Of a convolution only these places are unfolded, which is most of the work where few are drawn.
+
+    Args:
+        layer: a Linear or Conv2d.
+        inputs: of one call.
+        share: probability of each place.
+        draws: on the CPU; it gives one number a place.
+        numbers: most numbers in one part, unless a single place has more.
+
+    Returns:
+        Parts of shape (samples, rows, columns).
+    """
+    if isinstance(layer, nn.Linear):
+        (rows,) = sample_rows(layer, inputs)
+        yield rows[:, _drawn(rows.shape[1], share, draws).to(rows.device)]
+        return
+    (tall, wide), (down, across), (gap, gap_across) = layer.kernel_size, layer.stride, layer.dilation
+    padded, lines, places = _padded(layer, inputs)
+    chosen = _drawn(lines * places, share, draws)
+    taps = torch.arange(tall)[:, None] * gap * padded.shape[3] + torch.arange(wide) * gap_across
+    corners = chosen // places * down * padded.shape[3] + chosen % places * across
+    pixels = padded.permute(0, 2, 3, 1).flatten(1, 2)  # channels last: what is gathered lies together
+    step = max(1, numbers // (len(inputs) * inputs.shape[1] * taps.numel()))
+    for part in torch.split(corners, step):
+        places_of = (part[:, None] + taps.flatten()).flatten().to(pixels.device)
+        patches = pixels.index_select(1, places_of).view(len(pixels), len(part), taps.numel(), -1)
+        yield patches.transpose(2, 3).flatten(2)
+
+
+def _drawn(count: int, share: float, draws: torch.Generator) -> Tensor:
+    """Which of so many places."""
+    return (torch.rand(count, generator=draws) < share).nonzero()[:, 0]
+
+
+def _padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, int, int]:
+    """The inputs as Conv2d itself pads them, whatever its `padding` and `padding_mode`; output lines, places a line."""
+    (tall, wide), (down, across), (gap, gap_across) = layer.kernel_size, layer.stride, layer.dilation
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    lines = (padded.shape[2] - gap * (tall - 1) - 1) // down + 1
+    places = (padded.shape[3] - gap_across * (wide - 1) - 1) // across + 1
+    return padded, lines, places
