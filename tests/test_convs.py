@@ -73,6 +73,13 @@ def test_drawn_rows_are_rows(config, numbers):
     assert numbers == 1 or all(part.numel() <= numbers for part in parts)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(5, 2), nn.Conv2d(5, 2, 3)], ids=["linear", "conv"])
+def test_a_draw_may_pick_nothing(layer):
+    inputs = torch.randn(2, 3, 5) if isinstance(layer, nn.Linear) else torch.randn(2, 5, 4, 4)
+    (rows,) = drawn_rows(layer, inputs, 0.0, torch.Generator())
+    assert rows.shape == (2, 0, matrix_of(layer).shape[1])
+
+
 def test_columns_of_a_channel():
     conv = nn.Conv2d(4, 2, (2, 3))
     assert taps_of(conv) == 6 and inputs_of(conv) == 4 and taps_of(nn.Linear(4, 2)) == 1

@@ -201,7 +201,7 @@ def drawn_rows(
     step = max(1, numbers // (len(inputs) * inputs.shape[1] * taps.numel()))
     for part in torch.split(corners, step):
         places_of = (part[:, None] + taps.flatten()).flatten().to(pixels.device)
-        patches = pixels.index_select(1, places_of).view(len(pixels), len(part), taps.numel(), -1)
+        patches = pixels.index_select(1, places_of).view(len(pixels), len(part), taps.numel(), inputs.shape[1])
         yield patches.transpose(2, 3).flatten(2)
 
 
