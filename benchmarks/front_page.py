@@ -148,7 +148,8 @@ def verdicts(results: Results) -> str:
     ]
     for data in results.values():
         budgets = sorted({int(key.partition("/")[0]) for key in data["rows"] if "/" in key} - {HIGH})
-        for way in (*OURS, "steps", "fewer steps"):
+        measured = {key.partition("/")[2] for key in data["rows"]}
+        for way in (each for each in (*OURS, "steps", "fewer steps") if each in measured):
             cells = {metric: sum(_wins(data, calls, way, metric) for calls in budgets) for metric in METRICS}
             ratio = _mean_ratio(data, budgets, way)
             counts = " | ".join(f"{count} of {len(budgets)}" for count in cells.values())
