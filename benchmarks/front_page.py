@@ -23,7 +23,10 @@ measured. A user who wants images for less can make fewer steps, make them at be
 Cost is in denoiser calls of the dense model, by executed MACs; the dense run of 20 steps costs 20. *Error* is the
 latent MSE to a dense run of the same solver with 40 steps; *accuracy* the share of images that show what was asked for;
 *Frechet* the distance to real images in the judge's features, pooled over the seed sets. Every plan was made on prompts
-and seeds of its own. The solver *first* is the demo's own (DDIM; Euler of flow matching), *second* DPM-Solver++(2M)."""
+and seeds of its own. The solver *first* is the demo's own (DDIM; Euler of flow matching), *second* DPM-Solver++(2M).
+
+The plans of *first* are from before `joint` also tried small changes of the best dense steps, and had fewer probes than
+`front.py` gives now (32 by error on flux-shapes; by Frechet as said below): the command may find others."""
 
 NAMES = {
     "fewer steps": "fewer steps",

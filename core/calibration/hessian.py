@@ -59,9 +59,9 @@ class HessianRecorder:
         """
         if self.alpha == 0:
             return  # inputs that do not count must not count for the rank either
-        layer, share, draws = layer_at(self.denoiser, path), self.tokens.get(path, 1.0), self._draws(path)
-        every = share >= 1
-        parts = sample_rows(layer, inputs.detach()) if every else drawn_rows(layer, inputs.detach(), share, draws)
+        layer, inputs = layer_at(self.denoiser, path), inputs.detach()
+        share, draws = self.tokens.get(path, 1.0), self._draws(path)
+        parts = drawn_rows(layer, inputs, share, draws) if share < 1 else sample_rows(layer, inputs)
         for rows in parts:
             self._add_rows(path, rows.flatten(0, 1).float())
 
