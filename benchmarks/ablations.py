@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from common import DEMOS, RESULTS, Subject, engine, mean_and_spread, needed, write_results
 from levers import corrected_output, guided_rows, rounded_rows, unbiased
 from stageprune.core.calibration import Calibration
 from stageprune.core.errors import CalibrationError
@@ -123,9 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="levers")
+    parser.add_argument("--again", action="store_true", help="measure rows of another engine again, and say if equal")
     options = parser.parse_args()
     for name in options.demos:
-        Runner(name).run(options.only)
+        Runner(name).run(options.only, options.again)
 
 
 class Runner:
@@ -142,25 +143,26 @@ class Runner:
         self.dense = [self.sample(index) for index in range(SETS)]
         self.known: dict[int, Calibration] = {}
 
-    def run(self, levers: list[str]) -> None:
+    def run(self, levers: list[str], again: bool = False) -> None:
         """Rows of these levers; the default first, with which all are compared."""
         for lever in dict.fromkeys(["default", *levers]):
             for name, variant in VARIANTS[lever].items():
                 key = f"{lever}/{name}"
-                if key in self.data["rows"] or self.demo.name not in variant.demos:
+                if self.demo.name not in variant.demos or not needed(self.data["rows"], key, again):
                     continue
+                before = self.data["rows"].get(key)
                 try:
                     row = self.row(variant)
                 except CalibrationError as error:  # too few prompts for the rank of a Hessian
                     row = {"refused": str(error)}
-                self.data["rows"][key] = row
+                self.data["rows"][key] = {"engine": engine(), **row}
                 write_results(f"ablations-{self.demo.name}", self.data)
                 if "refused" in row:
                     print(self.demo.name, key, row["refused"], flush=True)
                     continue
                 base = self.data["rows"]["default/default"]
                 told = [f"{t}: {row[str(t)]['mean']:.4f} ({_ratio(row, base, t):.2f} of the default)" for t in TARGETS]
-                print(self.demo.name, key, *told, f"{row['seconds']:.0f} s", flush=True)
+                print(self.demo.name, key, *told, f"{row['seconds']:.0f} s", _beside(before, row), flush=True)
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Errors of a variant, set by set."""
@@ -223,6 +225,14 @@ class Runner:
         """Latents of a seed set, by whatever the denoiser is set to."""
         begin = index * COUNT
         return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), self.steps, begin)
+
+
+def _beside(before: dict[str, Any] | None, row: dict[str, Any]) -> str:
+    """Whether a row that was measured again is what it was."""
+    if before is None:
+        return ""
+    changed = [t for t in map(str, TARGETS) if before.get(t) != row.get(t)]
+    return f"(was {', '.join(str(before.get(t)) for t in changed)})" if changed else "(the same again)"
 
 
 def _ratio(row: dict[str, Any], base: dict[str, Any], target: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ DEMOS = tuple(RECIPES)
 TARGETS = (0.8, 0.67, 0.5)
 """Budgets: executed MACs over dense."""
 
-MAKE_BANKS = ("bundle", "calibration", "groups", "hosts", "pruning", "runtime")
-"""Packages of `core`."""
+ENGINE = ("bundle", "calibration", "groups", "hosts", "pruning", "runtime", "schedule", "static")
+"""Packages of `core` that banks, and how they run, depend on."""
 
 
 class Subject:
@@ -56,7 +58,7 @@ class Subject:
 
     def bank(self) -> Bank:
         """At the demo's levels, made once for each state of the engine's sources and kept in `out/banks`."""
-        folder = ROOT / "out" / "banks" / f"{self.name}-{_sources()}"
+        folder = ROOT / "out" / "banks" / f"{self.name}-{engine()}"
         if not (folder / MANIFEST).is_file():
             Bundle(self.prune(self.calibrate(self.recipe.calibration_prompts))).save(folder)
         return Bundle.load(folder).bank
@@ -86,12 +88,26 @@ class Subject:
         return torch.cat([self.host.decode(part) for part in latents.split(batch_size)])
 
 
-def _sources() -> str:
-    """Of everything that a bank depends on: the engine's code."""
+@cache
+def engine() -> str:
+    """Identifies the engine's code, whatever its comments and docstrings say: rows of one engine belong together."""
     digest = hashlib.sha256()
-    for path in sorted(path for part in MAKE_BANKS for path in (ROOT / "core" / part).rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(path for part in ENGINE for path in (ROOT / "core" / part).rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [part for part in node.body if not _is_text(part)]
+        digest.update(f"{path.relative_to(ROOT)}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def needed(rows: dict[str, Any], key: str, again: bool) -> bool:
+    """Whether a row is still to be measured; with `again`, also if another engine measured it."""
+    return key not in rows or (again and rows[key].get("engine") != engine())
 
 
 def write_results(name: str, data: dict[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from common import DEMOS, RESULTS, Subject, engine, mean_and_spread, needed, write_results
 from stageprune.core.calibration import Calibration
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost
@@ -51,20 +51,22 @@ def main() -> None:
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
     parser.add_argument("--sets", type=int, default=3, help="seed sets")
     parser.add_argument("--count", type=int, default=40, help="images a seed set")
+    parser.add_argument("--again", action="store_true", help="measure rows of another engine again, and say if equal")
+    parser.add_argument("--only", nargs="+", help="methods, as the rows are named")
     options = parser.parse_args()
     for name in options.demos:
         path = RESULTS / f"methods-{name}.json"
         fresh = {"demo": name, "sets": options.sets, "count": options.count, "steps": STEPS, "rows": {}}
         done = json.loads(path.read_text()) if path.exists() else {}
         same = all(done.get(key) == value for key, value in fresh.items() if key != "rows")
-        Runner(Subject(name), done if same else fresh).run()
+        Runner(Subject(name), done if same else fresh, options.again).run(options.only)
 
 
 class Runner:
     """One calibration that serves every method, and the dense images."""
 
-    def __init__(self, demo: Subject, data: dict[str, Any]) -> None:
-        self.demo, self.data = demo, data
+    def __init__(self, demo: Subject, data: dict[str, Any], again: bool = False) -> None:
+        self.demo, self.data, self.again = demo, data, again
         started = time.perf_counter()
         self.calibration: Calibration = stageprune.calibrate(
             demo.pipe,
@@ -81,22 +83,31 @@ class Runner:
         self.cost = measure_cost(demo.host.denoiser, size=demo.host.input_size)
         self.dense = [self.sample(index) for index in range(data["sets"])]
 
-    def run(self) -> None:
-        """All methods at all ratios."""
-        if "dense" not in self.data["rows"]:
+    def run(self, only: Sequence[str] | None = None) -> None:
+        """All methods at all ratios, or some."""
+        if self.needed("dense"):
             self.row("dense", 1.0, 0.0, _nothing)
-        for name, options in UNITS.items():
-            self.bank(name, {"method": name, **options})
-        for name in BLOCKS:
-            self.bank(name, {"method": name, "kinds": ["block"]})
-        for name in WEIGHTS:
-            for pattern in (*RATIOS, "2:4"):
-                self.static(name, pattern)
+        jobs: dict[str, Callable[[], None]] = {
+            **{name: lambda name=name: self.bank(name, {"method": name, **UNITS[name]}) for name in UNITS},
+            **{name: lambda name=name: self.bank(name, {"method": name, "kinds": ["block"]}) for name in BLOCKS},
+            **{f"{name} of single weights": lambda name=name: self.weights(name) for name in WEIGHTS},
+        }
+        for name in only or jobs:
+            jobs[name]()
+
+    def needed(self, key: str) -> bool:
+        """Whether this row is still to be measured."""
+        return needed(self.data["rows"], key, self.again)
+
+    def weights(self, name: str) -> None:
+        """One method that zeroes single weights, at all ratios and in a pattern."""
+        for pattern in (*RATIOS, "2:4"):
+            self.static(name, pattern)
 
     def bank(self, name: str, options: dict[str, Any]) -> None:
         """One method that makes a bank."""
         keys = {ratio: f"{name}/{ratio}" for ratio in RATIOS}
-        if all(key in self.data["rows"] for key in keys.values()):
+        if not any(self.needed(key) for key in keys.values()):
             return
         recipe = self.demo.recipe
         given = {"kinds": recipe.kinds, "levels": RATIOS, "multiple": recipe.multiple, **options}
@@ -108,7 +119,7 @@ class Runner:
     def static(self, name: str, pattern: float | str) -> None:
         """One method that zeroes single weights."""
         key = f"{name} of single weights/{pattern}"
-        if key in self.data["rows"]:
+        if not self.needed(key):
             return
         started = time.perf_counter()
         model = stageprune.sparsify(
@@ -129,14 +140,17 @@ class Runner:
             found = [self.sample(index) for index in range(self.data["sets"])]
         sets = [self.scores(index, latents) for index, latents in enumerate(found)]
         features = torch.cat([self.demo.judge.features(self.demo.images(latents)).double() for latents in found])
+        before = self.data["rows"].get(key)
         self.data["rows"][key] = {
+            "engine": engine(),
             "macs": macs,
             "seconds": seconds,
             "frechet_pooled": frechet(self.demo.judge, features),
             **{metric: mean_and_spread([each[metric] for each in sets]) for metric in sets[0]},
         }
         write_results(f"methods-{self.demo.name}", self.data)
-        print(self.demo.name, key, {metric: round(value["mean"], 4) for metric, value in _means(self.data, key)})
+        told = {metric: round(value["mean"], 4) for metric, value in _means(self.data, key)}
+        print(self.demo.name, key, told, _beside(before, self.data["rows"][key]), flush=True)
 
     def scores(self, index: int, latents: Tensor) -> dict[str, float]:
         """Metrics of one seed set."""
@@ -150,6 +164,14 @@ class Runner:
         """Latents of a seed set, by whatever the denoiser is set to."""
         begin, count = index * self.data["count"], self.data["count"]
         return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + count), STEPS, begin)
+
+
+def _beside(before: dict[str, Any] | None, row: dict[str, Any]) -> str:
+    """Whether a row that was measured again is what it was, but for time."""
+    if before is None:
+        return ""
+    changed = {key: before.get(key) for key in row if key not in ("engine", "seconds") and before.get(key) != row[key]}
+    return f"(was {changed})" if changed else "(the same again)"
 
 
 @contextmanager
