@@ -72,7 +72,7 @@ def allocate(
             fixed patterns of Diff-ES; `hand`, the given `levels`; `measured`, exact dynamic programming over a
             measured error table, whose best choices are then run on held-out seeds; or, so that the schedule lists its
             steps, `joint`, steps and levels together, or `steps`, those of the dense model. Their `target` is a share
-            of the dense run of `steps`.
+            of the dense run of `steps`, and their best few plans are run again on fresh seeds until one is ahead.
         prompts: probe prompts; half fill the error table, half are held out. The calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.

@@ -26,12 +26,14 @@ class Candidate:
         levels: of its stages; of its steps where these are chosen too.
         predicted: its predicted error.
         measured: its error on held-out seeds, or its fitness.
+        final: the same on fresh seeds, if it was among the best few that were run once more.
     """
 
     name: str
     levels: tuple[float, ...]
     predicted: float
     measured: float
+    final: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ class Allocation:
         lines = [str(self.schedule), budget]
         for candidate in self.candidates:
             levels = ", ".join(f"{level:g}" for level in candidate.levels)
+            final = "" if candidate.final is None else f", in the end {candidate.final:.2e}"
             lines.append(
                 f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}, "
-                f"held-out {candidate.measured:.2e}"
+                f"held-out {candidate.measured:.2e}{final}"
             )
         return "\n".join(lines)
 

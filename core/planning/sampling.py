@@ -13,6 +13,9 @@ from .mosaic import MosaicSettings, grid, scores
 SAMPLES = 8
 """Dense samples that the mean square of the data is measured on."""
 
+FRESH_APART = 100_000
+"""Between the seeds of probes and those of fresh ones."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,6 +42,10 @@ class Sampling:
     def part(self, begin: int, end: int) -> Sampling:
         """Probes number `begin` to `end`, with their seeds."""
         return replace(self, prompts=self.prompts[begin:end], seed=self.seed + begin)
+
+    def fresh(self, number: int) -> Sampling:
+        """The same prompts with seeds of their own, another set for each `number` from 0 on."""
+        return replace(self, seed=self.seed + (number + 1) * FRESH_APART)
 
     @cached_property
     def taus(self) -> list[float]:

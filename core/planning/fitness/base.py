@@ -100,15 +100,26 @@ class Fitness:
             )
         return values.detach().double().cpu().reshape(count, -1)
 
-    def standard_error(self, statistics: Tensor) -> float:
-        """Of the fitness over probes, by leaving out each in turn; 0 where there are too few for that."""
+    def standard_error(self, statistics: Tensor, beside: Tensor | None = None) -> float:
+        """Of the fitness over probes, by leaving out each in turn; 0 where there are too few for that.
+
+        Args:
+            statistics: of the probes.
+            beside: of the same probes by another schedule: the error of the difference to its fitness, from which goes
+                whatever makes a probe easy or hard for both.
+        """
         from ...evaluation.metrics import jackknife_error  # noqa: PLC0415  (it builds on planning)
 
         count = len(statistics)
         if count <= self.probes:
             return 0.0
         every = torch.arange(count)
-        return jackknife_error(torch.tensor([self.reduce(statistics[every != out]) for out in every]))
+
+        def without_each(values: Tensor) -> Tensor:
+            return torch.tensor([self.reduce(values[every != out]) for out in every])
+
+        values = without_each(statistics)
+        return jackknife_error(values if beside is None else values - without_each(beside))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from torch import Tensor
+
 from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
+from ..final import FINALISTS, race
+from ..final import ROUNDS as FINAL_ROUNDS
 from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, objectives, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
@@ -89,10 +93,10 @@ class _Problem:
         half = len(sampling.prompts) // 2
         return sampling.part(half, len(sampling.prompts)) if held_out else sampling.part(0, half)
 
-    def runs(self, held_out: bool, on_run: Callable[[], object]) -> Runs:
-        """Judge of plans, on either half of the probes."""
+    def runs(self, probes: Sampling, on_run: Callable[[], object]) -> Runs:
+        """Judge of plans, on some probes."""
         request = self.request
-        return Runs(self.probes(held_out), request.pruner, self.points, request.fitness, on_run)
+        return Runs(probes, request.pruner, self.points, request.fitness, on_run)
 
     def schedule(self, plan: Plan) -> StageSchedule:
         """That runs a plan."""
@@ -121,17 +125,37 @@ def _planned(problem: _Problem, strategy: str) -> Allocation:
             f"held out; got {count}."
         )
     table = problem.jumps()
-    tried = _try(problem, table)
+    tried = sorted(_try(problem, table), key=lambda each: each.value)
     if not tried:
         raise AllocationError(
             f"`target` {problem.request.budget.target} allows {problem.budget:.2f} dense calls, and the bank's highest "
             f"level still takes {min(problem.costs):.3f} of one: not a single step fits. Ask for less."
         )
-    ranked = sorted(tried, key=lambda each: each.value)
-    if math.isinf(ranked[0].value):
+    if math.isinf(tried[0].value):
         raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
-    candidates = tuple(Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.value) for each in ranked)
-    return problem.request.planned(strategy, ranked[0].schedule, candidates, table)
+    ranked = _last_choice(problem, tried)
+    candidates = tuple(
+        Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.value, final) for each, final in ranked
+    )
+    return problem.request.planned(strategy, ranked[0][0].schedule, candidates, table)
+
+
+def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Tried, float | None]]:
+    """The best few by the held-out probes are run again on fresh ones, the choice first; the others follow."""
+    finalists = [each for each in tried[:FINALISTS] if math.isfinite(each.value)]
+    if len(finalists) == 1:
+        return [(each, None) for each in tried]
+    rounds: dict[int, Runs] = {}
+    with progress.bar(len(finalists) * FINAL_ROUNDS, "running the best again", "plan") as bar:
+
+        def statistics_of(number: int, index: int) -> Tensor:
+            if index not in rounds:
+                probes = problem.probes(held_out=True).fresh(index)
+                rounds[index] = problem.runs(probes, on_run=lambda: bar.update(1))
+            return rounds[index].statistics(finalists[number].schedule)
+
+        ranked = race(len(finalists), statistics_of, problem.request.fitness)
+    return [(finalists[number], value) for number, value in ranked] + [(each, None) for each in tried[len(finalists) :]]
 
 
 def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
@@ -141,8 +165,10 @@ def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
     most = 2 * len(found) + len(problem.refinements) * ROUNDS * TRIES + len(corners)
     with progress.bar(most, "running plans", "plan") as bar:
         if found:
-            found += _refined(problem, table, found, problem.runs(held_out=False, on_run=lambda: bar.update(1)))
-        held_out = problem.runs(held_out=True, on_run=lambda: bar.update(1))
+            found += _refined(
+                problem, table, found, problem.runs(problem.probes(held_out=False), lambda: bar.update(1))
+            )
+        held_out = problem.runs(problem.probes(held_out=True), lambda: bar.update(1))
         every = [(plan, problem.schedule(plan)) for plan in (*found, *corners)]
         return [_Tried(plan, schedule, held_out.value(schedule)) for plan, schedule in every]
 

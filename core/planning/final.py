@@ -1,0 +1,83 @@
+"""The last choice among good candidates: on fresh probes, round by round, until they can be told apart.
+
+The best of many candidates on a handful of probes is partly the luckiest, the more so where the errors of few images
+make up most of a mean. So the best few are run once more, each on the same new probes, and whichever is clearly behind
+is given up (racing, as of Maron and Moore, "Hoeffding races", 1993, by standard errors of paired differences).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .fitness import Fitness
+
+FINALISTS = 4
+ROUNDS = 4
+"""Rounds of fresh probes, at most."""
+
+CLEAR = 2.0
+"""Standard errors of the difference to the best by which a candidate must be behind to be given up."""
+
+
+@dataclass
+class Finalist:
+    """A candidate of the last choice.
+
+    Args:
+        number: among the candidates.
+        rounds: what the fitness keeps of each round's probes.
+    """
+
+    number: int
+    rounds: list[Tensor] = field(default_factory=list)
+
+    @property
+    def statistics(self) -> Tensor:
+        """Of all probes so far."""
+        return torch.cat(self.rounds)
+
+    def value(self, fitness: Fitness) -> float:
+        """The fitness over all probes so far; infinite if it is no number."""
+        found = fitness.reduce(self.statistics)
+        return found if math.isfinite(found) else math.inf
+
+
+def race(
+    count: int, statistics_of: Callable[[int, int], Tensor], fitness: Fitness, rounds: int = ROUNDS
+) -> list[tuple[int, float]]:
+    """Candidates by their number, the choice first, each with its fitness over the probes that it ran.
+
+    Those that were given up come last, the earliest at the end: their values are of fewer probes.
+
+    Args:
+        count: of candidates, at least one.
+        statistics_of: number of a candidate, round -> what the fitness keeps of this round's probes, which are the same
+            for all candidates, shape (probes, numbers).
+        fitness: what is less the better a candidate is.
+        rounds: at most.
+    """
+    racing, given_up = [Finalist(number) for number in range(count)], list[Finalist]()
+    for index in range(rounds):
+        for each in racing:
+            each.rounds.append(statistics_of(each.number, index))
+        racing.sort(key=lambda each: each.value(fitness))
+        behind = [each for each in racing[1:] if _clearly_behind(each, racing[0], fitness)]
+        racing = [each for each in racing if each not in behind]
+        given_up = behind + given_up
+        if len(racing) == 1:
+            break
+    return [(each.number, each.value(fitness)) for each in (*racing, *given_up)]
+
+
+def _clearly_behind(candidate: Finalist, best: Finalist, fitness: Fitness) -> bool:
+    value, least = candidate.value(fitness), best.value(fitness)
+    if math.isinf(value):
+        return True
+    if len(best.statistics) <= fitness.probes:  # too few to know how far off that is
+        return False
+    return value - least > CLEAR * fitness.standard_error(candidate.statistics, best.statistics)

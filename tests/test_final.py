@@ -1,0 +1,92 @@
+"""The last choice among good candidates: fresh probes until they can be told apart, and no more than that."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stageprune import Fitness
+from stageprune.core.planning.final import ROUNDS, race
+from stageprune.core.planning.fitness import fitness_of
+
+MSE = fitness_of("latent_mse")
+
+
+class Field:
+    """Candidates with known means, whose probes share most of what makes them hard."""
+
+    def __init__(self, means, noise=0.1, probes=32, seed=0):
+        self.means, self.noise, self.probes, self.seed = means, noise, probes, seed
+        self.ran: list[tuple[int, int]] = []
+
+    def __call__(self, number, index):
+        self.ran.append((number, index))
+        shared = torch.Generator().manual_seed(1000 * self.seed + index)
+        own = torch.Generator().manual_seed(1000 * self.seed + 10 * index + number + 500)
+        hard = torch.randn(self.probes, generator=shared, dtype=torch.float64).exp()
+        return (self.means[number] * hard + self.noise * torch.randn(self.probes, generator=own).double())[:, None]
+
+
+def test_whoever_is_clearly_behind_runs_no_further():
+    """Probes differ far more than candidates do; what both share cancels."""
+    field = Field([1.5, 1.0, 1.02, 3.0])
+    ranked = race(4, field, MSE)
+    rounds = {number: sum(each == number for each, _ in field.ran) for number in range(4)}
+    assert ranked[0][0] == 1 and rounds[1] == max(rounds.values())
+    assert rounds[0] == rounds[3] == 1 and {number for number, _ in ranked[2:]} == {0, 3}
+    assert ranked[-1][0] in (0, 3)
+
+
+def test_one_left_needs_no_more_rounds():
+    field = Field([1.0, 5.0])
+    assert race(2, field, MSE)[0][0] == 0
+    assert field.ran == [(0, 0), (1, 0)]
+
+
+def test_equals_run_to_the_end():
+    field = Field([1.0, 1.0], noise=0.0)
+    ranked = race(2, field, MSE)
+    assert len(field.ran) == 2 * ROUNDS and ranked[0][1] == ranked[1][1]
+
+
+def test_more_probes_choose_better():
+    """Of candidates 5 % apart the better one wins more often than by one round."""
+    wins = dict.fromkeys((1, ROUNDS), 0)
+    for seed in range(200):
+        for rounds in wins:
+            wins[rounds] += race(2, Field([1.05, 1.0], noise=0.5, seed=seed), MSE, rounds=rounds)[0][0] == 1
+    assert wins[ROUNDS] > wins[1] + 10 and wins[ROUNDS] > 130
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(0, 99), st.floats(0, 2))
+def test_the_choice_has_the_least_of_those_left(means, seed, noise):
+    field = Field(means, noise, probes=8, seed=seed)
+    ranked = race(len(means), field, MSE)
+    assert sorted(number for number, _ in ranked) == list(range(len(means)))
+    ran = {number: sum(each == number for each, _ in field.ran) for number in range(len(means))}
+    left = [value for number, value in ranked if ran[number] == max(ran.values())]
+    assert ranked[0][1] == min(left)
+    assert [ran[number] for number, _ in ranked] == sorted(ran.values(), reverse=True), "given up last, ranked first"
+
+
+def test_what_is_no_number_loses():
+    def statistics_of(number, _):
+        return torch.full((4, 1), math.nan if number == 0 else 1.0, dtype=torch.float64)
+
+    assert race(2, statistics_of, MSE) == [(1, 1.0), (0, math.inf)]
+
+
+def test_a_set_metric_is_of_all_rounds_together():
+    """And where a fitness needs more probes than a round has, nobody is given up for it."""
+    spread = Fitness("spread", lambda made, dense: made.latents, lambda values: float(values.var()), probes=4)
+    field = Field([1.0, 2.0], noise=0.0, probes=4)
+    ranked = race(2, field, spread, rounds=3)
+    assert ranked[0][0] == 0 and field.ran.count((1, 0)) == 1
+    seen = torch.cat([Field([1.0], noise=0.0, probes=4)(0, index) for index in range(len(field.ran) // 2)])
+    assert ranked[0][1] == pytest.approx(float(seen.var()))
+    assert len(field.ran) >= 4, "one round of four probes cannot tell"
