@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, engine, mean_and_spread, needed, write_results
+from common import DEMOS, RESULTS, Subject, mean_and_spread, needed, stamped, write_results
 from levers import corrected_output, guided_rows, rounded_rows, unbiased
 from stageprune.core.calibration import Calibration
 from stageprune.core.errors import CalibrationError
@@ -155,14 +155,20 @@ class Runner:
                     row = self.row(variant)
                 except CalibrationError as error:  # too few prompts for the rank of a Hessian
                     row = {"refused": str(error)}
-                self.data["rows"][key] = {"engine": engine(), **row}
+                self.data["rows"][key] = row = stamped(row, before)
                 write_results(f"ablations-{self.demo.name}", self.data)
                 if "refused" in row:
                     print(self.demo.name, key, row["refused"], flush=True)
                     continue
                 base = self.data["rows"]["default/default"]
                 told = [f"{t}: {row[str(t)]['mean']:.4f} ({_ratio(row, base, t):.2f} of the default)" for t in TARGETS]
-                print(self.demo.name, key, *told, f"{row['seconds']:.0f} s", _beside(before, row), flush=True)
+                print(
+                    self.demo.name,
+                    key,
+                    *told,
+                    f"{row['seconds']:.0f} s, same again: {row.get('same_again')}",
+                    flush=True,
+                )
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Errors of a variant, set by set."""
@@ -225,14 +231,6 @@ class Runner:
         """Latents of a seed set, by whatever the denoiser is set to."""
         begin = index * COUNT
         return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + COUNT), self.steps, begin)
-
-
-def _beside(before: dict[str, Any] | None, row: dict[str, Any]) -> str:
-    """Whether a row that was measured again is what it was."""
-    if before is None:
-        return ""
-    changed = [t for t in map(str, TARGETS) if before.get(t) != row.get(t)]
-    return f"(was {', '.join(str(before.get(t)) for t in changed)})" if changed else "(the same again)"
 
 
 def _ratio(row: dict[str, Any], base: dict[str, Any], target: float) -> float:

@@ -110,6 +110,14 @@ def needed(rows: dict[str, Any], key: str, again: bool) -> bool:
     return key not in rows or (again and rows[key].get("engine") != engine())
 
 
+def stamped(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """A row with its engine and, if another one measured it before, whether all but the time is the same again."""
+    stamp: dict[str, Any] = {"engine": engine()}
+    if before is not None:
+        stamp["same_again"] = all(before.get(key) == value for key, value in row.items() if key != "seconds")
+    return {**stamp, **row}
+
+
 def write_results(name: str, data: dict[str, Any]) -> Path:
     """Write `results/<name>.json` with the environment."""
     path = RESULTS / f"{name}.json"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, engine, mean_and_spread, needed, write_results
+from common import DEMOS, RESULTS, Subject, mean_and_spread, needed, stamped, write_results
 from stageprune.core.calibration import Calibration
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost
@@ -140,17 +140,16 @@ class Runner:
             found = [self.sample(index) for index in range(self.data["sets"])]
         sets = [self.scores(index, latents) for index, latents in enumerate(found)]
         features = torch.cat([self.demo.judge.features(self.demo.images(latents)).double() for latents in found])
-        before = self.data["rows"].get(key)
-        self.data["rows"][key] = {
-            "engine": engine(),
+        row = {
             "macs": macs,
             "seconds": seconds,
             "frechet_pooled": frechet(self.demo.judge, features),
             **{metric: mean_and_spread([each[metric] for each in sets]) for metric in sets[0]},
         }
+        self.data["rows"][key] = row = stamped(row, self.data["rows"].get(key))
         write_results(f"methods-{self.demo.name}", self.data)
         told = {metric: round(value["mean"], 4) for metric, value in _means(self.data, key)}
-        print(self.demo.name, key, told, _beside(before, self.data["rows"][key]), flush=True)
+        print(self.demo.name, key, told, f"same again: {row.get('same_again')}", flush=True)
 
     def scores(self, index: int, latents: Tensor) -> dict[str, float]:
         """Metrics of one seed set."""
@@ -164,14 +163,6 @@ class Runner:
         """Latents of a seed set, by whatever the denoiser is set to."""
         begin, count = index * self.data["count"], self.data["count"]
         return self.demo.sample(range(FIRST_SEED + begin, FIRST_SEED + begin + count), STEPS, begin)
-
-
-def _beside(before: dict[str, Any] | None, row: dict[str, Any]) -> str:
-    """Whether a row that was measured again is what it was, but for time."""
-    if before is None:
-        return ""
-    changed = {key: before.get(key) for key in row if key not in ("engine", "seconds") and before.get(key) != row[key]}
-    return f"(was {changed})" if changed else "(the same again)"
 
 
 @contextmanager
