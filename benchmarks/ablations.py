@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, mean_and_spread, needed, stamped, write_results
+from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
 from levers import corrected_output, guided_rows, rounded_rows, unbiased
+from provenance import needed, stamped
 from stageprune.core.calibration import Calibration
 from stageprune.core.errors import CalibrationError
 from stageprune.core.groups import find_groups, measure_cost

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 import stageprune
+from provenance import ROOT, code
 from stageprune.core.api import host_for
 from stageprune.core.bundle import MANIFEST, Bundle
 from stageprune.core.calibration import Calibration
@@ -25,14 +23,10 @@ from stageprune.core.files import atomic_file
 from stageprune.core.host import Host, Prompt, sample
 from stageprune.core.pruning import Bank
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMOS = tuple(RECIPES)
 TARGETS = (0.8, 0.67, 0.5)
 """Budgets: executed MACs over dense."""
-
-ENGINE = ("bundle", "calibration", "groups", "hosts", "pruning", "runtime", "schedule", "static")
-"""Packages of `core` that banks, and how they run, depend on."""
 
 
 class Subject:
@@ -58,7 +52,7 @@ class Subject:
 
     def bank(self) -> Bank:
         """At the demo's levels, made once for each state of the engine's sources and kept in `out/banks`."""
-        folder = ROOT / "out" / "banks" / f"{self.name}-{engine()}"
+        folder = ROOT / "out" / "banks" / f"{self.name}-{code()}"
         if not (folder / MANIFEST).is_file():
             Bundle(self.prune(self.calibrate(self.recipe.calibration_prompts))).save(folder)
         return Bundle.load(folder).bank
@@ -86,36 +80,6 @@ class Subject:
     def images(self, latents: Tensor, batch_size: int = 100) -> Tensor:
         """Decoded images."""
         return torch.cat([self.host.decode(part) for part in latents.split(batch_size)])
-
-
-@cache
-def engine() -> str:
-    """Identifies the engine's code, whatever its comments and docstrings say: rows of one engine belong together."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in ENGINE for path in (ROOT / "core" / part).rglob("*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                node.body = [part for part in node.body if not _is_text(part)]
-        digest.update(f"{path.relative_to(ROOT)}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-
-
-def needed(rows: dict[str, Any], key: str, again: bool) -> bool:
-    """Whether a row is still to be measured; with `again`, also if another engine measured it."""
-    return key not in rows or (again and rows[key].get("engine") != engine())
-
-
-def stamped(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """A row with its engine and, if another one measured it before, whether all but the time is the same again."""
-    stamp: dict[str, Any] = {"engine": engine()}
-    if before is not None:
-        stamp["same_again"] = all(before.get(key) == value for key, value in row.items() if key != "seconds")
-    return {**stamp, **row}
 
 
 def write_results(name: str, data: dict[str, Any]) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from ablations import VARIANTS
+from provenance import told
 from quality import show
 
 Results = dict[str, dict[str, Any]]
@@ -76,7 +76,7 @@ def page(
     """The whole page."""
     parts = [HEAD]
     if methods:
-        parts += [METHODS, f"\n{engines(methods)}", *(methods_table(name, data) for name, data in methods.items())]
+        parts += [METHODS, f"\n{told(methods)}", *(methods_table(name, data) for name, data in methods.items())]
     if ablations:
         parts += [LEVERS, levers_setup(ablations), levers_table(ablations), *levers_verdict(ablations), DEFAULTS]
     if calibration:
@@ -142,24 +142,7 @@ def levers_setup(ablations: Results) -> str:
         f"{name}: {data['steps']} steps, {data['prompts']} prompts, {data['sets']} sets of {data['images']} images"
         for name, data in ablations.items()
     ]
-    return f"\n{'; '.join(facts)}. {engines(ablations)}"
-
-
-def engines(results: Results) -> str:
-    """Which states of the engine's code the rows are of, and what measuring rows again has shown."""
-    rows = [row for data in results.values() for row in data["rows"].values()]
-    count = Counter(row.get("engine") for row in rows)
-    again = [row["same_again"] for row in rows if "same_again" in row]
-    newest = max((name for name in count if name), key=lambda name: count[name], default=None)
-    told = f"{count[newest]} of {len(rows)} rows are of one state of the engine's code, the others of earlier ones."
-    if len(count) == 1:
-        told = "All rows are of one state of the engine's code."
-    if again:
-        told += (
-            f" {len(again)} rows that an earlier one had measured were measured again (`--again`): {sum(again)} of "
-            "them are the same to the last digit."
-        )
-    return told
+    return f"\n{'; '.join(facts)}. {told(ablations)}"
 
 
 def levers_verdict(ablations: Results) -> list[str]:

@@ -22,6 +22,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from provenance import needed, stamped
 from stageprune.core.errors import AllocationError
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost
@@ -64,17 +65,18 @@ def main() -> None:
     parser.add_argument("--solver", nargs="+", default=[*SOLVERS], choices=SOLVERS, help="of the sampler")
     parser.add_argument("--calls", nargs="+", type=int, help="budgets, in dense calls")
     parser.add_argument("--without", nargs="*", default=[], choices=TOGETHER, help="ways to leave out")
+    parser.add_argument("--again", action="store_true", help="measure rows of another state of the code again")
     options = parser.parse_args()
     for name in options.demos:
         for solver in options.solver:
-            Runner(name, solver).run(options.calls or CALLS[name], options.without)
+            Runner(name, solver, options.again).run(options.calls or CALLS[name], options.without)
 
 
 class Runner:
     """One demo with one solver: its bank, dense images and rows."""
 
-    def __init__(self, name: str, solver: str) -> None:
-        self.demo = Subject(name)
+    def __init__(self, name: str, solver: str, again: bool = False) -> None:
+        self.demo, self.again = Subject(name), again
         if solver == "second":
             self.demo.pipe.scheduler = second_order(self.demo.pipe.scheduler)
         self.file = f"front-{name}-{solver}"
@@ -146,20 +148,20 @@ class Runner:
 
     def row(self, key: str, choose: Callable[[], tuple[StageSchedule | None, int]]) -> None:
         """Choose and judge, on images that no choice has seen."""
-        if key in self.data["rows"]:
+        if not needed(self.data["rows"], key, self.again, "planner"):
             return
         started = time.perf_counter()
         self.told = {}
         try:
             schedule, steps = choose()
         except AllocationError as error:
-            self.data["rows"][key] = {"refused": str(error)}
+            self.keep(key, {"refused": str(error)})
             return
         seconds = time.perf_counter() - started
         latents = self.run_schedule(schedule, steps)
         images = [self.demo.images(each) for each in latents]
         features = torch.cat([self.demo.judge.features(each).double() for each in images])
-        self.data["rows"][key] = {
+        row: dict[str, Any] = {
             "calls": self.calls_of(schedule, steps),
             "steps": steps,
             "schedule": None if schedule is None else schedule.to_dict(),
@@ -170,8 +172,7 @@ class Runner:
             "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),
             "frechet": frechet(self.demo.judge, features),
         }
-        write_results(self.file, self.data)
-        row = self.data["rows"][key]
+        self.keep(key, row)
         print(
             self.file,
             key,
@@ -180,6 +181,11 @@ class Runner:
             f"accuracy {row['accuracy']['mean']:.3f}, Frechet {row['frechet']:.2f}, {seconds:.0f} s",
             flush=True,
         )
+
+    def keep(self, key: str, row: dict[str, Any]) -> None:
+        """Write a row to the file."""
+        self.data["rows"][key] = stamped(row, self.data["rows"].get(key), "planner")
+        write_results(self.file, self.data)
 
     def calls_of(self, schedule: StageSchedule | None, steps: int) -> float:
         """Cost in dense calls."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from provenance import told
 from quality import show
 
 Results = dict[str, dict[str, Any]]
@@ -23,10 +24,7 @@ measured. A user who wants images for less can make fewer steps, make them at be
 Cost is in denoiser calls of the dense model, by executed MACs; the dense run of 20 steps costs 20. *Error* is the
 latent MSE to a dense run of the same solver with 40 steps; *accuracy* the share of images that show what was asked for;
 *Frechet* the distance to real images in the judge's features, pooled over the seed sets. Every plan was made on prompts
-and seeds of its own. The solver *first* is the demo's own (DDIM; Euler of flow matching), *second* DPM-Solver++(2M).
-
-The plans of *first* are from before `joint` also tried small changes of the best dense steps, and had fewer probes than
-`front.py` gives now (32 by error on flux-shapes; by Frechet as said below): the command may find others."""
+and seeds of its own. The solver *first* is the demo's own (DDIM; Euler of flow matching), *second* DPM-Solver++(2M)."""
 
 NAMES = {
     "fewer steps": "fewer steps",
@@ -56,7 +54,7 @@ SOLVERS = {"first": "first order", "second": "second order"}
 
 def page(results: Results, docs: Path) -> str:
     """The whole page; pictures go beside it."""
-    parts = [HEAD, verdicts(results), predictions(results)]
+    parts = [HEAD, f"\n{told(results, 'planner')}", verdicts(results), predictions(results)]
     for name in dict.fromkeys(data["demo"] for data in results.values()):
         mine = {data["solver"]: data for data in results.values() if data["demo"] == name}
         picture, few = f"front-{name}.png", f"front-{name}-few.png"

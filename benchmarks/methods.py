@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import stageprune
-from common import DEMOS, RESULTS, Subject, mean_and_spread, needed, stamped, write_results
+from common import DEMOS, RESULTS, Subject, mean_and_spread, write_results
+from provenance import needed, stamped
 from stageprune.core.calibration import Calibration
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost

@@ -13,6 +13,7 @@ import common
 import families
 import front
 import front_page
+import provenance
 import stages_page
 
 
@@ -99,3 +100,44 @@ def test_the_page_of_stages_says_when_ours_was_there(tmp_path):
     assert "| 0.67 | uniform | 1 | 5.0000 | 1.000 | 2.00 |  | 3 |" in text
     worse = stages_page.page({"x": strategies_of(2.0, 1.0)}, {}, {}, {})
     assert "in none of 2 runs" in worse and "no worse in 0 of 2" in worse and "What the aim does" not in worse
+
+
+SOURCES = {
+    "as it was": "TIMES = 2\n\n\ndef twice(x):\n    return TIMES * x\n",
+    "described": '"""What it is."""\nTIMES = 2  # why\n\n\ndef twice(x):\n    """Of x."""\n    return TIMES * x\n',
+    "changed": "TIMES = 3\n\n\ndef twice(x):\n    return TIMES * x\n",
+}
+
+
+def test_rows_belong_to_a_state_of_the_code(tmp_path, monkeypatch):
+    """Words about the code change nothing; the code, and which file it is in, does."""
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+
+    def state_of(source, name="a.py", part="groups", kind="engine"):
+        for old in (tmp_path / "core").rglob("*.py"):
+            old.unlink()
+        (tmp_path / "core" / part).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "core" / part / name).write_text(source)
+        provenance.code.cache_clear()
+        return provenance.code(kind)
+
+    states = {name: state_of(source) for name, source in SOURCES.items()}
+    assert states["as it was"] == states["described"] != states["changed"]
+    assert state_of(SOURCES["as it was"], "b.py") != states["as it was"]
+    assert state_of(SOURCES["changed"], part="planning") == state_of(SOURCES["as it was"], part="planning")
+    kinds = [state_of(SOURCES[name], part="planning", kind="planner") for name in ("as it was", "changed")]
+    assert kinds[0] != kinds[1], "plans depend on the planning too"
+    provenance.code.cache_clear()
+
+
+def test_rows_of_another_state_are_measured_again_if_asked_for():
+    old, new = {"error": 0.1, "levels": [0, 1], "seconds": 3.0}, {"error": 0.1, "levels": (0, 1), "seconds": 4.0}
+    assert provenance.needed({}, "a", False)
+    assert not provenance.needed({"a": old}, "a", False) and provenance.needed({"a": old}, "a", True)
+    row = provenance.stamped(new, old)
+    assert row["same_again"] and not provenance.needed({"a": row}, "a", True)
+    assert provenance.stamped({**new, "error": 0.2}, old)["same_again"] is False
+    text = provenance.told({"demo": {"rows": {"a": row, "b": provenance.stamped(new, None), "c": old}}})
+    assert text.startswith("2 of 3 rows are of one state") and "1 of them an earlier one had measured too" in text
+    assert provenance.told({"demo": {"rows": {"a": old}}}).startswith("The rows are of earlier states")
+    assert provenance.told({"demo": {"rows": {"b": provenance.stamped(new, None)}}}).startswith("All rows")
