@@ -101,7 +101,9 @@ def test_set_metrics(pair, judge):
     found = frechet.statistics(made, dense)
     assert found.shape == (3, 32) and frechet.floor is None and frechet.probes == 2
     assert frechet.reduce(found) == pytest.approx(judge.frechet(made.images), rel=1e-6)
+    assert torch.equal(found, frechet.statistics(made, made)) and not frechet.paired
     accuracy = fitness_of("accuracy", judge)
+    assert torch.equal(accuracy.statistics(made, dense), accuracy.statistics(made, made)) and not accuracy.paired
     hits = judge.hits(made.images, [1, 2, 3])
     assert accuracy.statistics(made, dense)[:, 0].tolist() == [1 - float(hit) for hit in hits]
 
@@ -151,7 +153,7 @@ def test_pyiqa(pair, monkeypatch):
     assert torch.allclose(
         down.statistics(made, dense)[:, 0], (made.images - dense.images).mean((1, 2, 3)).double(), atol=1e-6
     )
-    assert up.name == "iqa:up" and up.floor is None
+    assert up.name == "iqa:up" and up.floor is None and (up.paired, down.paired) == (False, True)
     with pytest.raises(SearchError, match=r"takes the name of a metric of pyiqa behind a colon.*got 'sideways'"):
         fitness_of("iqa:sideways")
 

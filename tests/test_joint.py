@@ -315,6 +315,23 @@ def test_any_fitness_chooses(dit, bank):
     assert min(tried) <= weak_of(dit, bank, near.schedule) + 1e-6
 
 
+def test_a_fitness_that_looks_at_samples_alone_needs_no_dense_ones(dit, bank):
+    """The same choice, for fewer calls of the denoiser."""
+    host, found, calls = DiffusersHost(dit), [], []
+    for paired in (True, False):
+        weak = stageprune.Fitness("weak", lambda made, _: made.latents.flatten(1).square().mean(1), paired=paired)
+        made = []
+        hook = dit.transformer.register_forward_pre_hook(lambda *_, made=made: made.append(1))
+        options = {"target": 0.6, "prompts": PROMPTS, "steps": 5, "fitness": weak}
+        found.append(allocate(host, bank, strategy="joint", **options))
+        hook.remove()
+        calls.append(len(made))
+    assert found[0].candidates == found[1].candidates and found[0].schedule == found[1].schedule
+    assert calls[0] - calls[1] >= 3 * grid_points(5), (
+        "in planning, in the held-out runs, and in each round on fresh seeds"
+    )
+
+
 def weak_of(pipe, bank, schedule):
     host = DiffusersHost(pipe)
     with applied(host, bank) as pruner:

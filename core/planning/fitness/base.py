@@ -64,6 +64,8 @@ class Fitness:
         floor: if the fitness is the mean of one number a probe, the least that this can be: a candidate whose first
             probes are bad enough can then be given up, whatever the others would give. None if there is no such bound.
         probes: least number of probes that `reduce` can do with.
+        paired: whether `measure` looks at the dense model's samples. If it does not, plans are chosen without making
+            them on a fine grid, which is most of the work, and `measure` is given the candidate's own in their place.
 
     Raises:
         FitnessError: a `floor` beside a `reduce` of one's own.
@@ -79,6 +81,7 @@ class Fitness:
     reduce: Callable[[Tensor], float] = mean
     floor: float | None = None
     probes: int = 1
+    paired: bool = True
 
     def __post_init__(self) -> None:
         if self.floor is not None and self.reduce is not mean:

@@ -37,15 +37,15 @@ def iqa(request: FitnessRequest) -> Fitness:
             f"got {request.argument!r}."
         )
     metric: Any = library.create_metric(request.argument)
-    sign = 1 if metric.lower_better else -1
+    sign, paired = 1 if metric.lower_better else -1, metric.metric_mode == "FR"
 
     @torch.no_grad()
     def score(made: Outcome, dense: Outcome) -> Tensor:
-        shown = (made, dense) if metric.metric_mode == "FR" else (made,)
+        shown = (made, dense) if paired else (made,)
         values: Tensor = sign * metric(*(each.images.to(metric.device) for each in shown))
         return values.reshape(len(made.images))
 
-    return Fitness(f"iqa:{request.argument}", score)
+    return Fitness(f"iqa:{request.argument}", score, paired=paired)
 
 
 def _library(name: str, fitness: str) -> Any:

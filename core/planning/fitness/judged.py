@@ -31,7 +31,7 @@ def frechet(request: FitnessRequest) -> Fitness:
     def distance(values: Tensor) -> float:
         return frechet_distance(*feature_statistics(values), judge.real_mean, judge.real_cov)
 
-    return Fitness("frechet", features, distance, probes=2)
+    return Fitness("frechet", features, distance, probes=2, paired=False)
 
 
 @register_fitness("accuracy")
@@ -48,7 +48,7 @@ def accuracy(request: FitnessRequest) -> Fitness:
         right = judge.hits(made.images, wanted) & made.images.flatten(1).isfinite().all(1)
         return 1 - right.double()
 
-    return Fitness("accuracy", misses, floor=0.0)
+    return Fitness("accuracy", misses, floor=0.0, paired=False)
 
 
 def _judge_of(request: FitnessRequest, name: str) -> Judge:

@@ -15,7 +15,7 @@ from ..sampling import Sampling
 
 
 class Runs:
-    """Reference samples of some probes, and how good others are beside them.
+    """Reference samples of some probes, if the fitness looks at them, and how good others are beside them.
 
     Args:
         sampling: the pipeline with the probes.
@@ -35,7 +35,7 @@ class Runs:
     ) -> None:
         self.sampling, self.pruner, self.fitness, self.on_run = sampling, pruner, fitness, on_run
         self.conditions = sampling.host.encode(sampling.prompts)
-        self.reference = self._outcome(sampling.host, points)
+        self.reference = self._outcome(sampling.host, points) if fitness.paired else None
         self._known: dict[StageSchedule, float] = {}
 
     def value(self, schedule: StageSchedule) -> float:
@@ -62,7 +62,7 @@ class Runs:
         finally:
             self.pruner.schedule = dense
         self.on_run()
-        return self.fitness.statistics(made, self.reference)
+        return self.fitness.statistics(made, self.reference or made)
 
     def _outcome(self, host: Host, steps: int) -> Outcome:
         sampling = self.sampling
