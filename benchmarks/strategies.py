@@ -22,6 +22,7 @@ from torch import Tensor
 
 import stageprune
 from common import DEMOS, RESULTS, TARGETS, Subject, mean_and_spread, write_results
+from provenance import needed, stamped
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.planning import PATTERNS, SearchSettings
 from stageprune.core.runtime import applied
@@ -42,9 +43,10 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="shares of the dense MACs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of `measured` and of the searches")
     parser.add_argument("--without", nargs="*", default=[], choices=SEARCHES, help="searches to leave out")
+    parser.add_argument("--again", action="store_true", help="measure rows of another state of the code again")
     options = parser.parse_args()
     for name in options.demos:
-        runner = Runner(name)
+        runner = Runner(name, options.again)
         for target in options.targets:
             runner.run(target, options.seeds, [each for each in SEARCHES if each not in options.without])
 
@@ -52,8 +54,8 @@ def main() -> None:
 class Runner:
     """One demo: its bank, dense images and rows."""
 
-    def __init__(self, name: str) -> None:
-        self.demo = Subject(name)
+    def __init__(self, name: str, again: bool = False) -> None:
+        self.demo, self.again = Subject(name), again
         path = RESULTS / f"strategies-{name}.json"
         fresh = {"demo": name, "stages": STAGES, "steps": STEPS, "probes": PROBES, "sets": SETS, "count": COUNT}
         done = json.loads(path.read_text()) if path.exists() else {}
@@ -114,7 +116,7 @@ class Runner:
 
     def row(self, key: str, choose: Any) -> None:
         """Choose a schedule and judge it on images that no strategy has seen."""
-        if key in self.data["rows"]:
+        if not needed(self.data["rows"], key, self.again, "planner"):
             return
         started = time.perf_counter()
         schedule, facts = choose()
@@ -124,7 +126,7 @@ class Runner:
             found = [self.sample(index) for index in range(SETS)]
         errors = [float(mse(latents, dense).mean()) for latents, dense in zip(found, self.dense, strict=True)]
         images = [self.demo.images(latents) for latents in found]
-        self.data["rows"][key] = {
+        row = {
             **facts,
             "latent_mse": mean_and_spread(errors),
             "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),
@@ -132,8 +134,8 @@ class Runner:
                 self.demo.judge, torch.cat([self.demo.judge.features(each).double() for each in images])
             ),
         }
+        self.data["rows"][key] = stamped(row, self.data["rows"].get(key), "planner")
         write_results(f"strategies-{self.demo.name}", self.data)
-        row = self.data["rows"][key]
         print(
             self.demo.name,
             key,
