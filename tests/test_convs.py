@@ -97,7 +97,8 @@ def test_recorder_in_parts_equals_whole(monkeypatch):
         monkeypatch.setattr(sample_rows, "__defaults__", (numbers,))
         recorder = HessianRecorder(denoiser, {path: 288}, 2)
         recorder.stage, recorder.alpha = 1, 0.5
-        recorder.add_batch(path, inputs)
+        with recorder.recording([path]):
+            recorder.add_batch(path, inputs)
         assert relative(recorder.hessians[path][1].double(), 0.5 * hessian_of(rows)) < 1e-6
         assert recorder.rows[path].tolist() == [0, 192] and not recorder.hessians[path][0].any()
 
@@ -110,7 +111,8 @@ def test_what_is_drawn_does_not_depend_on_the_parts(monkeypatch):
         monkeypatch.setattr(drawn_rows, "__defaults__", (numbers,))
         recorder = HessianRecorder(denoiser, {path: 288}, 1, {path: 0.4})
         recorder.begin(7)
-        recorder.add_batch(path, inputs)
+        with recorder.recording([path]):
+            recorder.add_batch(path, inputs)
         found.append((int(recorder.rows[path]), recorder.hessians[path]))
     assert all(rows == found[0][0] and relative(table, found[0][1]) < 1e-6 for rows, table in found)
     assert found[0][0] == pytest.approx(0.4 * 192, rel=0.4) and found[0][0] % 3 == 0
