@@ -249,10 +249,10 @@ def allocate(
         bank: the levels to choose from.
         target: `macs:0.67`, the default, is 0.67 of the dense MACs over the same steps; `latency:0.77` and
             `speedup:1.3` count time, measured on this device; `sparsity:0.3` is the mean of the levels' sparsities.
-        strategy: `measured` (error table, exact dynamic programming, check on held-out seeds), `uniform`, `mosaic`
-            (MosaicDiff's closed form), `pattern:front`, `back`, `middle`, `ends` or `zigzag` (Diff-ES's fixed shapes),
-            or `hand` with `levels`. `joint` chooses how many steps to make, and where, together with their levels;
-            `steps` chooses only the steps, all dense. Their target is a share of the dense run of `steps`.
+        strategy: `measured` (error table, exact dynamic programming, a race of the best few on other seeds), `uniform`,
+            `mosaic` (MosaicDiff's closed form), `pattern:front`, `back`, `middle`, `ends` or `zigzag` (Diff-ES's fixed
+            shapes), or `hand` with `levels`. `joint` chooses how many steps to make, and where, together with their
+            levels; `steps` chooses only the steps, all dense. Their target is a share of the dense run of `steps`.
         prompts: of the probes; the calibration's first 64 by default.
         steps: sampling steps; those of the calibration by default.
         guidance: guidance scale; that of the calibration by default.

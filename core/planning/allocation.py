@@ -26,7 +26,7 @@ class Candidate:
         levels: of its stages; of its steps where these are chosen too.
         predicted: its predicted error.
         measured: its error on held-out seeds, or its fitness.
-        final: the same on fresh seeds, if it was among the best few that were run once more.
+        final: the same on fresh seeds (of `measured`: on those and the held-out ones), if it was run once more.
     """
 
     name: str
