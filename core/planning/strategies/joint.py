@@ -53,6 +53,21 @@ class _Tried:
 
 
 @dataclass(frozen=True)
+class _Refinement:
+    """Which plan is changed in small ways, and how.
+
+    Args:
+        name: of what comes of it.
+        kinds: of plans to choose the best of: pruned ones (True), dense ones (False).
+        levels: that the changes may use, by their numbers; all by default.
+    """
+
+    name: str
+    kinds: tuple[bool, ...] = (True, False)
+    levels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class _Problem:
     """What is to be planned.
 
@@ -81,11 +96,14 @@ class _Problem:
         return self.request.budget.target.share * len(self.request.sampling.taus)
 
     @property
-    def refinements(self) -> dict[str, Sequence[int] | None]:
-        """Name -> levels that small changes may use. Prices misjudge second-order solvers, and then the best plan may
-        be far from the best dense one: `joint` must know that as well as `steps` does.
+    def refinements(self) -> tuple[_Refinement, ...]:
+        """Prices may judge dense plans and pruned ones by different mistakes, so the best of each kind is refined,
+        whichever comes first: `joint` then knows all that `steps` does.
         """
-        return {"dense, refined": [0]} if self.dense else {"refined": None, "dense, refined": [0]}
+        dense = _Refinement("dense, refined", kinds=(False,), levels=(0,))
+        if self.dense:
+            return (dense,)
+        return (_Refinement("refined"), _Refinement("pruned, refined", kinds=(True,)), dense)
 
     def probes(self, held_out: bool) -> Sampling:
         """The first half of the probes is for planning, the second for the choice."""
@@ -142,7 +160,7 @@ def _planned(problem: _Problem, strategy: str) -> Allocation:
 
 def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Tried, float | None]]:
     """The best few by the held-out probes are run again on fresh ones, the choice first; the others follow."""
-    finalists = [each for each in tried[:FINALISTS] if math.isfinite(each.value)]
+    finalists = _finalists(tried)
     if len(finalists) == 1:
         return [(each, None) for each in tried]
     rounds: dict[int, Runs] = {}
@@ -155,7 +173,19 @@ def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Trie
             return rounds[index].statistics(finalists[number].schedule)
 
         ranked = race(len(finalists), statistics_of, problem.request.fitness)
-    return [(finalists[number], value) for number, value in ranked] + [(each, None) for each in tried[len(finalists) :]]
+    others = [each for each in tried if each not in finalists]
+    return [(finalists[number], value) for number, value in ranked] + [(each, None) for each in others]
+
+
+def _finalists(tried: Sequence[_Tried]) -> list[_Tried]:
+    """The best few, a pruned plan and a dense one among them: those alike are near each other in error too."""
+    finite = [each for each in tried if math.isfinite(each.value)]
+    chosen = finite[:FINALISTS]
+    for kind in (True, False):
+        best = next((each for each in finite if _is_pruned(each.plan) is kind), None)
+        if best is not None and best not in chosen:
+            chosen.append(best)
+    return chosen
 
 
 def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
@@ -191,7 +221,7 @@ def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
 
 
 def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes: Runs) -> list[Plan]:
-    """Small changes that runs show to be better: of the best plan, and of the best dense one."""
+    """Small changes that runs show to be better: of the best plan, of the best pruned one and of the best dense one."""
 
     def value_of(plan: Plan) -> float:
         return probes.value(problem.schedule(plan))
@@ -199,14 +229,21 @@ def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes:
     def value_along(path: Path) -> float:
         return value_of(plan_of(table, "refined", path))
 
-    known, refined = {plan.path for plan in found}, []
-    for name, levels in problem.refinements.items():
-        begin = [plan for plan in found if levels is None or not any(plan.levels)]
+    known, begun, refined = {plan.path for plan in found}, set[tuple[Path, tuple[int, ...] | None]](), []
+    for refinement in problem.refinements:
+        begin = [plan for plan in found if _is_pruned(plan) in refinement.kinds]
         if not begin:  # not one dense step fits
             continue
         best = min(begin, key=value_of)
-        path, _ = refine(best.path, table.final, problem.costs, problem.budget, value_along, levels)
+        if (best.path, refinement.levels) in begun:
+            continue
+        begun.add((best.path, refinement.levels))
+        path, _ = refine(best.path, table.final, problem.costs, problem.budget, value_along, refinement.levels)
         if path not in known:
             known.add(path)
-            refined.append(plan_of(table, name, path))
+            refined.append(plan_of(table, refinement.name, path))
     return refined
+
+
+def _is_pruned(plan: Plan) -> bool:
+    return any(plan.levels)
