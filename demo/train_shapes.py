@@ -12,7 +12,7 @@ Run the stages in this order; `sdxl` and `flux` are independent of each other an
 `--further` trains published weights for another round; `unpack` first, if the work folder is gone. `sdxl` and `flux`,
 which take hours, can be killed: the same command goes on, to the same weights. Every stage is seeded. The parts that
 both pipelines share wait in the work folder; `measure` reads the finished pipelines back and writes every figure of
-their READMEs.
+their READMEs, or logs them where a folder has none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The training scripts of the demos: killed, a training goes on to the same weights."""
+"""The training scripts of the demos: killed, a training goes on to the same weights; figures go where they belong."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
+from shapes.measure import write_figures
 from training import Average, Batches, Descent, Progress, batches
 
+DEMOS = Path(__file__).parent.parent / "demo"
 STEPS = 30
 
 
@@ -67,3 +71,19 @@ def test_the_rate_rises_and_falls():
 def test_every_epoch_has_every_example():
     drawn = torch.cat(list(batches(12, 4, 6, torch.Generator().manual_seed(0))))
     assert sorted(drawn[:12].tolist()) == sorted(drawn[12:].tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["sdxl-shapes", "flux-shapes"])
+def test_the_readme_has_the_figures_of_the_file(tmp_path, name):
+    for file in ("README.md", "figures.json"):
+        shutil.copy(DEMOS / name / file, tmp_path)
+    write_figures(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (DEMOS / name / "README.md").read_text()
+
+
+def test_a_folder_without_a_readme_has_its_figures_logged(tmp_path, caplog):
+    shutil.copy(DEMOS / "sdxl-shapes" / "figures.json", tmp_path)
+    with caplog.at_level(logging.INFO):
+        write_figures(tmp_path)
+    assert "samples of held-out captions, 20 steps" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json"]

@@ -95,8 +95,18 @@ def measure(folder: Path, arguments: dict[str, Any], count: int, seed: int) -> N
 
 
 def write_figures(folder: Path) -> None:
-    """Put the figures into the README, between its marks."""
-    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    """Put the figures between the marks of the folder's README, or into the log where there is none."""
+    lines = figure_lines(json.loads((folder / "figures.json").read_text(encoding="utf-8")))
+    path = folder / "README.md"
+    if not path.is_file():
+        log.info("%s:\n%s", folder, "\n".join(lines))
+        return
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    path.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]]), encoding="utf-8")
+
+
+def figure_lines(figures: dict[str, Any]) -> list[str]:
+    """A table of the figures, and a paragraph."""
     lines = ["| Pictures | Right | with one object | with two | Fréchet |", "|---|---|---|---|---|"]
     rows = {
         "held-out scenes, rendered (the floor)": "real",
@@ -121,9 +131,7 @@ def write_figures(folder: Path) -> None:
         f"{figures['vae_psnr_db']} dB. Training took, one core each and with other work beside: {times}. The folder "
         f"has {figures['folder_megabytes']} MB."
     ]
-    path = folder / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    path.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]]), encoding="utf-8")
+    return lines
 
 
 def sheet(rows: list[Tensor], path: Path) -> None:
