@@ -9,6 +9,7 @@ from typing import Any
 from ablations import VARIANTS
 from provenance import told
 from quality import show
+from stageprune.core.calibration.recorders import INPUTS_PER_COLUMN
 
 Results = dict[str, dict[str, Any]]
 """Demo -> what a benchmark wrote."""
@@ -50,12 +51,13 @@ timed on its first removals only, each of which costs the same; what all of them
 multiplied. *Memory* is the most that the blocked order took beside H and the weights."""
 
 
-COST = """
+COST = f"""
 ## What calibrating costs
 
 `python benchmarks/calibration.py`: time over that of just running the pipeline on the same prompts, without decoding;
-medians of interleaved rounds, one thread. By default as many inputs are summed as the Hessians need, about 32 for each
-column and stage (`python benchmarks/ablations.py --only tokens` measures what summing all of them changes)."""
+medians of interleaved rounds, one thread. By default as many inputs are summed as the Hessians need, about
+{INPUTS_PER_COLUMN} for each column and stage (`python benchmarks/ablations.py --only tokens` measures what summing all
+of them changes)."""
 
 
 EXACT = """

@@ -98,7 +98,7 @@ def calibrate(
         taylor: also take gradients of the denoising loss, for method `taylor`, at the steps with at least this share of
             the largest loss (Diff-Pruning: 0.05). None takes none.
         tokens: share of each call's inputs that Hessians are summed over, drawn at random. None is as many as a Hessian
-            needs, layer by layer: about 32 for each of its columns in each stage, all if there are fewer.
+            needs, layer by layer: about 24 for each of its columns in each stage, all if there are fewer.
         hessian_budget: GiB of Hessians that are held where the denoiser is; what does not fit is summed in further runs
             over the same prompts. None is one run.
         seed: first seed.

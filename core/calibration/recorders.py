@@ -20,7 +20,7 @@ from .taylor import TaylorRecorder
 
 Layers = Literal["consumers", "all"]
 
-INPUTS_PER_COLUMN = 32
+INPUTS_PER_COLUMN = 24
 """Inputs that are summed for each column of a Hessian by default; what other shares do to the error is for
 `python benchmarks/ablations.py --only tokens`.
 """
