@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import stageprune
 from stageprune.core.calibration import Calibration, calibrate, step_weights
 from stageprune.core.calibration import hessian as recorders
+from stageprune.core.calibration.tf32 import tf32_products
 from stageprune.core.errors import CalibrationError, ScheduleError, StagePruneError
 from stageprune.core.groups import consumer_sites, find_groups, width_groups
 from stageprune.core.groups.layer import layer_at
@@ -120,6 +121,19 @@ def test_gpu_products_and_nothing_else_round_to_tf32(dtype, monkeypatch):
     mantissa, _ = torch.frexp(inputs.float())
     exact = torch.equal((mantissa * 2**11).round(), mantissa * 2**11)
     assert exact == (dtype != torch.float32), "half precision loses nothing by it"
+
+
+def test_threads_leave_the_switch_as_it_was():
+    """As their blocks overlap: the first ends while the second goes on."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before, first, second = getattr(matmul, name), tf32_products(), tf32_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    within = getattr(matmul, name)
+    second.__exit__(None, None, None)
+    assert within != before == getattr(matmul, name)
 
 
 def test_explicit_boundaries(pipe):

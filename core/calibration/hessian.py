@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..groups.layer import Layer, layer_at, taps_of
 from .packages import device_for
+from .tf32 import tf32_products
 
 PATCH_NUMBERS = 2**24
 """Most numbers that are unfolded at once (64 MiB in float32), unless one line of places needs more."""
@@ -113,20 +114,6 @@ class HessianRecorder:
         finally:
             for path in paths:
                 self.hessians[path] = self.hessians[path].cpu()
-
-
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """GPU products of float32 matrices round their inputs to TF32 within the block; sums stay float32."""
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch, and refuses to read the old one once the new one was set.
-    switch, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(matmul, switch)
-    setattr(matmul, switch, on)
-    try:
-        yield
-    finally:
-        setattr(matmul, switch, before)
 
 
 def _add_gram(total: Tensor, rows: Tensor, alpha: float) -> None:
