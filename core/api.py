@@ -329,7 +329,7 @@ def evaluate(
         bundle: a bundle with a schedule, or its folder or Hub id.
         prompts: repeated up to `count`; those of the calibration by default.
         count: images of each variant.
-        steps: sampling steps; those of the calibration by default.
+        steps: sampling steps; those that the schedule was planned for by default, or else of the calibration.
         guidance: guidance scale; that of the calibration by default.
         size: of the images in pixels, a side or (height, width); what the bank was made for by default.
         seed: first seed.

@@ -91,7 +91,7 @@ def run_bench(
         host,
         loaded,
         [prompts[index % len(prompts)] for index in range(batch)],
-        steps=(bank.provenance.get("calibration") or {}).get("steps", 20),
+        steps=loaded.planned_steps or 20,
         guidance=(bank.provenance.get("calibration") or {}).get("guidance", 1.5),
         rounds=rounds,
     )

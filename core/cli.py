@@ -135,7 +135,7 @@ def generate(
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="First seed; each prompt gets the next one.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps. Default: those that the bundle lists, or 25.")
+        int | None, typer.Option(min=1, help="Sampling steps. Default: those that the bundle was planned for, or 25.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     size: OwnSize = None,
@@ -145,14 +145,16 @@ def generate(
     """Generate images, dense or pruned, with the same seeds either way."""
     import torch
 
+    from .bundle import load_bundle
     from .hosts.diffusers import DiffusersHost
     from .hosts.diffusers.attach import enable_stage_pruning, stage_pruning_summary
 
     pipeline = load(pipe, device, dtype)
     host, chosen = DiffusersHost(pipeline, pixels(size)), read_prompts(prompts, pipeline)
     if bundle is not None:
-        pruner = enable_stage_pruning(pipeline, bundle)
-        steps = steps or len(pruner.schedule.taus or ()) or None
+        loaded = load_bundle(bundle)
+        pruner = enable_stage_pruning(pipeline, loaded)
+        steps = steps or len(pruner.schedule.taus or ()) or loaded.planned_steps
     steps = steps or 25
     if bundle is not None:
         typer.echo(str(stage_pruning_summary(pipeline, steps, host.size)))
@@ -173,7 +175,9 @@ def evaluate(
     out: Out = Path("out/report"),
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=2, help="Images per variant.")] = 64,
-    steps: Steps = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps. Default: those that the bundle was planned for.")
+    ] = None,
     guidance: Guidance = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 20_000,

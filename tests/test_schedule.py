@@ -140,11 +140,27 @@ def test_bad_levels(levels, boundaries, message):
         ('{"stages": [{"high": 1, "low": 0, "sparsity": NaN}]}', "finite number, got nan"),
         ('{"stages": [{"high": 1, "low": 0, "sparsity": true}]}', "finite number, got True"),
         ('{"stages": []}', "at least one stage"),
+        *(
+            (
+                f'{{"stages": [{{"high": 1, "low": 0, "sparsity": 0}}], "planned_steps": {bad}}}',
+                "a number of steps, got",
+            )
+            for bad in ("0", "true", "2.5", '"20"')
+        ),
     ],
 )
 def test_bad_json(text, message):
     with pytest.raises(ScheduleError, match=message):
         StageSchedule.from_json(text)
+
+
+def test_what_it_was_planned_for_goes_along_and_decides_nothing():
+    plain = StageSchedule.from_levels([0, 0.5])
+    planned = plain.planned_for(8)
+    assert planned == plain and hash(planned) == hash(plain)
+    assert StageSchedule.from_json(planned.to_json()).planned_steps == planned.with_taus((1.0, 0.5)).planned_steps == 8
+    assert "planned for 8 steps" in str(planned) and "planned" not in str(plain) + plain.to_json()
+    assert planned.with_levels([0, 0.2]).planned_steps is None, "other levels meet another budget"
 
 
 def test_it_prints_and_draws_itself():

@@ -45,6 +45,12 @@ class Bundle:
         if self.schedule is not None:
             self.bank.bind(self.schedule)
 
+    @property
+    def planned_steps(self) -> int | None:
+        """Sampling steps that the schedule was planned for, or else those of the calibration; None if nothing tells."""
+        planned = None if self.schedule is None else self.schedule.planned_steps
+        return planned or (self.bank.provenance.get("calibration") or {}).get("steps")
+
     def save(self, path: str | Path, *, only_used: bool = False) -> Path:
         """Write the folder, whole or not at all; an existing bundle there is replaced.
 

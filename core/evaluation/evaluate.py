@@ -65,7 +65,7 @@ def evaluate(
         bundle: the bank and the schedule to judge.
         prompts: repeated up to `count`; those of the calibration, or else the host's own, by default.
         count: samples of each variant, at least 2.
-        steps: sampling steps; those of the calibration by default, or 25.
+        steps: sampling steps; those that the schedule was planned for by default, or else of the calibration, or 25.
         guidance: guidance scale; that of the calibration by default, or the pipeline's usual one.
         seed: first seed; calibration and allocation use lower ones, so that the default never meets them.
         batch_size: samples that run together; each batch is a round of timing.
@@ -90,7 +90,7 @@ def evaluate(
     """
     require_report_extra()
     made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
-    steps = steps if steps is not None else made.get("steps", 25)
+    steps = steps if steps is not None else bundle.planned_steps or 25
     guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
     _check(host, bundle, allocation, search, count=count, batch_size=batch_size, steps=steps)
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()

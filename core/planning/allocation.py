@@ -132,7 +132,7 @@ class Request:
         candidates: tuple[Candidate, ...] = (),
     ) -> Allocation:
         """The result that runs the stages at `levels`."""
-        schedule, taus = self.stages.with_levels(levels), self.sampling.taus
+        schedule, taus = self.stages.with_levels(levels).planned_for(self.sampling.steps), self.sampling.taus
         executed = executed_cost(schedule, taus, self.bank.macs(self.pruner.cost))
         spent = self.budget.share(schedule, taus)
         return Allocation(schedule, strategy, self.budget.target, executed, spent, table, candidates)
@@ -144,6 +144,7 @@ class Request:
         taus, dense = schedule.taus or (), len(self.sampling.taus)
         executed = executed_cost(schedule, taus, self.bank.macs(self.pruner.cost), dense)
         spent = self.budget.share(schedule, taus, dense)
+        schedule = schedule.planned_for(self.sampling.steps)
         return Allocation(schedule, strategy, self.budget.target, executed, spent, None, candidates, jumps)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class StageSchedule:
         stages: the stages.
         taus: noise level of each sampling step, falling, where the steps were chosen together with the levels; None
             leaves them to the sampler.
+        planned_steps: number of sampling steps that its budget was met for; None if it was for no number. It runs any.
+            Schedules that differ in this alone are equal.
 
     Example:
         >>> schedule = StageSchedule.from_levels([0, 0, 0.5, 0.7, 0.5])
@@ -66,11 +68,15 @@ class StageSchedule:
 
     stages: tuple[Stage, ...]
     taus: tuple[float, ...] | None = None
+    planned_steps: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         if self.taus is not None:
             object.__setattr__(self, "taus", _falling(self.taus))
+        planned = self.planned_steps
+        if planned is not None and (not isinstance(planned, int) or isinstance(planned, bool) or planned < 1):
+            raise ScheduleError(f"`planned_steps` of a schedule must be a number of steps, got {planned!r}.")
         if not self.stages:
             raise ScheduleError("a schedule needs at least one stage.")
         if self.stages[0].high != 1:
@@ -134,16 +140,26 @@ class StageSchedule:
 
     def with_levels(self, levels: Sequence[float]) -> StageSchedule:
         """The same stages, and steps, at other sparsities."""
-        return StageSchedule.from_levels(levels, self.edges[1:-1]).with_taus(self.taus)
+        return replace(StageSchedule.from_levels(levels, self.edges[1:-1]), taus=self.taus)
 
     def with_taus(self, taus: Sequence[float] | None) -> StageSchedule:
         """The same stages with steps of its own, or with the sampler's."""
-        return StageSchedule(self.stages, None if taus is None else tuple(taus))
+        return replace(self, taus=None if taus is None else tuple(taus))
+
+    def planned_for(self, steps: int) -> StageSchedule:
+        """The same, with a budget that was met for this number of sampling steps."""
+        return replace(self, planned_steps=steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"stages": [{"high": 1.0, "low": 0.8, "sparsity": 0.5}, ...]}`, and `"taus"` if it has steps."""
-        stages = [{"high": s.high, "low": s.low, "sparsity": s.sparsity} for s in self.stages]
-        return {"stages": stages} if self.taus is None else {"stages": stages, "taus": list(self.taus)}
+        """Plain data: `{"stages": [{"high": 1.0, "low": 0.8, "sparsity": 0.5}, ...]}`, and `"taus"` and
+        `"planned_steps"` if it has them.
+        """
+        data: dict[str, Any] = {"stages": [{"high": s.high, "low": s.low, "sparsity": s.sparsity} for s in self.stages]}
+        if self.taus is not None:
+            data["taus"] = list(self.taus)
+        if self.planned_steps is not None:
+            data["planned_steps"] = self.planned_steps
+        return data
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal schedule."""
@@ -163,7 +179,8 @@ class StageSchedule:
         taus = data.get("taus")
         if taus is not None and not isinstance(taus, list):
             raise ScheduleError(f"`taus` of a schedule must be a list of noise levels, got {type(taus).__name__}.")
-        return cls(tuple(Stage(**stage) for stage in stages)).with_taus(taus)
+        schedule = cls(tuple(Stage(**stage) for stage in stages), planned_steps=data.get("planned_steps"))
+        return schedule.with_taus(taus)
 
     @classmethod
     def from_json(cls, text: str) -> StageSchedule:
@@ -199,6 +216,8 @@ class StageSchedule:
             lines.append(f"  stage {index}: tau {stage.high:.3f} to {stage.low:.3f}, sparsity {stage.sparsity:.3f}")
         if self.taus is not None:
             lines.append(f"  {len(self.taus)} steps at tau {', '.join(f'{tau:.3f}' for tau in self.taus)}")
+        elif self.planned_steps is not None:
+            lines.append(f"  planned for {self.planned_steps} steps")
         return "\n".join(lines)
 
 

@@ -103,8 +103,8 @@ def stage_pruning_summary(target: Any, steps: int | None = None, size: Size | No
 
     Args:
         target: a pipeline or its denoiser, with stage pruning enabled.
-        steps: also show what a run of so many steps executes (pipelines only); those that the schedule lists by
-            default.
+        steps: also show what a run of so many steps executes (pipelines only); those that the schedule
+            lists or was planned for by default.
         size: of the images in pixels, a side or (height, width) (pipelines only); by default MACs are those of the size
             that the pipeline makes by itself.
     """
@@ -118,6 +118,8 @@ def stage_pruning_summary(target: Any, steps: int | None = None, size: Size | No
     host = DiffusersHost(target, size)
     if steps is None and is_listed(target.scheduler):
         steps = len(pruner.schedule.taus or ())
+    elif steps is None:
+        steps = pruner.schedule.planned_steps
     taus = None if steps is None else host.taus(steps)
     if size is None:
         return summarise(pruner, taus, steps)
