@@ -85,8 +85,8 @@ class Benchmark:
             )
         lines.append(
             f"all levels resident: {self.all_bytes / 2**20:.1f} MiB = {self.all_bytes / self.dense_bytes:.3f} x "
-            "dense; a "
-            f"switch takes {self.switch_milliseconds:.3f} ms, 5 of them {self.switch_share():.3%} of a 20-step image"
+            f"dense; a switch takes {self.switch_milliseconds:.3f} ms, 5 of them {self.switch_share():.3%} of a "
+            "20-step image"
         )
         return "\n".join(lines)
 

@@ -129,9 +129,8 @@ class Bank:
             if not inside:
                 raise ScheduleError(
                     f"stage {index} (tau {stage.high:g} to {stage.low:g}) crosses a boundary of the bank, whose "
-                    "orders or "
-                    f"consumers are made for the stages {', '.join(f'{edge:g}' for edge in self.edges)}. Split the "
-                    "stage there, or prune with shared orders and consumers."
+                    f"orders or consumers are made for the stages {', '.join(f'{edge:g}' for edge in self.edges)}. "
+                    "Split the stage there, or prune with shared orders and consumers."
                 )
             bound.append((self.level_of(stage.sparsity), inside[0]))
         return bound

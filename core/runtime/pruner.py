@@ -319,9 +319,8 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
     """Refuse states in which swapping layers would be wrong or silently ignored, each with its remedy."""
     if pruner_of(denoiser) is not None:
         raise StagePruneError(
-            "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change "
-            "levels only, "
-            "disable and enable with the new schedule."
+            "stage pruning is already enabled on this denoiser. Call disable_stage_pruning() first; to change levels "
+            "only, disable and enable with the new schedule."
         )
     paths = {part.path for group in bank.groups for part in group.producers}
     paths |= {part.path for group in bank.groups for part in group.consumers}

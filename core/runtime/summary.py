@@ -95,9 +95,8 @@ class StageSummary:
             lines.append("  ".join(f"{cell(index, row):>{width}}" for _, width, cell in shown))
         lines.append(f"dense: {self.dense_macs / 1e9:.3f} GMACs, {self.dense_parameters / 1e6:.2f} M parameters")
         lines.append(
-            f"memory: {self.resident_bytes / 2**20:.1f} MiB resident = {self.resident_bytes / self.dense_bytes:.2f} "
-            "x the "
-            f"dense {self.dense_bytes / 2**20:.1f} MiB (levels: {self.added_bytes / 2**20:.1f} MiB)"
+            f"memory: {self.resident_bytes / 2**20:.1f} MiB resident = {self.resident_bytes / self.dense_bytes:.2f} x "
+            f"the dense {self.dense_bytes / 2**20:.1f} MiB (levels: {self.added_bytes / 2**20:.1f} MiB)"
         )
         if self.executed is not None:
             calls = " + ".join(str(count) for count in self.executed.calls)

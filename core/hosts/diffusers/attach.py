@@ -57,9 +57,8 @@ def enable_stage_pruning(
         bank, schedule = known_bank(denoiser), source
         if bank is None:
             raise StagePruneError(
-                "no bank is known for this denoiser, so a schedule alone cannot be enabled. Enable a bundle first, "
-                "or make a "
-                "bank with stageprune.prune."
+                "no bank is known for this denoiser, so a schedule alone cannot be enabled. Enable a bundle first, or "
+                "make a bank with stageprune.prune."
             )
     else:
         bundle = source if isinstance(source, Bundle) else load_bundle(source)
