@@ -1,4 +1,4 @@
-"""The training scripts of the demos: killed, a training goes on to the same weights; figures go where they belong."""
+"""The training scripts of the demos: killed, a training goes on to the same weights; the same tokens each time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
+from shapes import text
 from shapes.measure import write_figures
 from training import Average, Batches, Descent, Progress, batches
 
@@ -71,6 +72,15 @@ def test_the_rate_rises_and_falls():
 def test_every_epoch_has_every_example():
     drawn = torch.cat(list(batches(12, 4, 6, torch.Generator().manual_seed(0))))
     assert sorted(drawn[:12].tolist()) == sorted(drawn[12:].tolist()) == list(range(12))
+
+
+def test_the_tokenizer_is_the_same_each_time():
+    first, second = (text.clip_tokenizer() for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert [first.tokenize(word) for word in text.WORDS] == [[f"{word}</w>"] for word in text.WORDS]
+    assert first.tokenize("fox") == ["f", "o", "x</w>"]
+    ids = first("a small red circle above a blue square").input_ids
+    assert len(ids) == 8 + 2 and first.decode(ids, skip_special_tokens=True) == "a small red circle above a blue square"
 
 
 @pytest.mark.parametrize("name", ["sdxl-shapes", "flux-shapes"])

@@ -6,13 +6,12 @@ its states what the caption asks for; what a diffusion model needs is then linea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -41,19 +40,28 @@ SIDE_FACTS = tuple(size + 1 for size in FACTS) * len(RELATIONS)  # of whatever s
 
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding in which every word of the captions is one token and other words fall into letters."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator([*WORDS] * 3 + letters, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    vocab = dict(sorted(learned["vocab"].items(), key=lambda item: item[1]))
-    for token in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[token] = len(vocab)
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        pieces = _pieces(word, [*merges])
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = _pieces(word, [*merges])
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocab = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[*merges], model_max_length=LENGTH)
+
+
+def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """What byte-pair encoding leaves of a word, by merges of which the first count most.
+
+    Not learned by `tokenizers`: its trainer numbers the last letters of words in an order that is new in every run.
+    """
+    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    while found := [merge for merge in merges if merge in pairwise(pieces)]:
+        at = [*pairwise(pieces)].index(found[0])
+        pieces[at : at + 2] = ["".join(found[0])]
+    return pieces
 
 
 def t5_tokenizer() -> T5TokenizerFast:
