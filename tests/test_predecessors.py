@@ -73,7 +73,8 @@ def case(request):
     pipe = zoo.make_pipeline(request.param)
     host = host_for(pipe)
     kinds = ("head", "neuron", "channel") if request.param == "sd15" else ("head", "neuron")
-    calibration = calibrate(host, (list(zoo.prompts_for(pipe)) * 4)[:6], kinds=kinds, **CALL)
+    prompts = (list(zoo.prompts_for(pipe)) * 4)[:6]
+    calibration = calibrate(host, prompts, kinds=kinds, tokens=1.0, **CALL)  # as the paired moments are summed
     return host, calibration, prune(host, calibration, levels=LEVELS, multiple=8, layer_allocation="uniform")
 
 
