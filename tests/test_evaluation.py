@@ -324,17 +324,6 @@ def test_defaults_come_from_the_calibration(host, bundle):
     assert [name.split("\n")[0] for name in report.grid.columns] == ["1", "2"]
 
 
-def test_it_runs_the_steps_that_the_schedule_was_planned_for(pipe, host, bank):
-    allocation = stageprune.allocate(pipe, bank, target="macs:0.7", strategy="uniform", steps=3)
-    bundle = stageprune.Bundle(bank, allocation.schedule)
-    report = evaluate(host, bundle, count=2, batch_size=2, curve=False)
-    assert report.environment["steps"] == len(report.taus) == 3 != STEPS
-    pipe.enable_stage_pruning(bundle)
-    summary = pipe.stage_pruning_summary()
-    pipe.disable_stage_pruning()
-    assert summary.steps == 3 and summary.executed.share == pytest.approx(allocation.executed.share)
-
-
 def test_a_bank_per_stage_can_be_evaluated(pipe, host):
     calibration = stageprune.calibrate(pipe, [1, 2, 3] * 8, steps=STEPS, stages=2)
     bank = stageprune.prune(pipe, calibration, levels=[0, 0.4], multiple=8, order="stage")

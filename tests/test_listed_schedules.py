@@ -1,4 +1,4 @@
-"""Schedules that list their steps: saved, enabled, refused, evaluated and timed."""
+"""Schedules that list their steps, or know how many they were planned for: saved, enabled, evaluated and timed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from stageprune import StageSchedule
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import calibrate
 from stageprune.core.errors import ScheduleError
+from stageprune.core.evaluation import evaluate
 from stageprune.core.evaluation.benchmark_image import benchmark_image
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
@@ -108,3 +109,14 @@ def test_calibrating_is_on_the_samplers_own_steps(bank):
     pipe.enable_stage_pruning(Bundle(bank, LISTED))
     with pytest.raises(ScheduleError, match="runs 4 listed noise levels"):
         calibrate(DiffusersHost(pipe), [1, 2], steps=20)
+
+
+def test_a_schedule_is_evaluated_at_the_steps_that_it_was_planned_for(bank):
+    pipe = make_pipe()
+    allocation = stageprune.allocate(pipe, bank, target="macs:0.7", strategy="uniform", steps=3)
+    bundle = Bundle(bank, allocation.schedule)
+    report = evaluate(DiffusersHost(pipe), bundle, count=2, batch_size=2, curve=False)
+    assert report.environment["steps"] == len(report.taus) == 3
+    pipe.enable_stage_pruning(bundle)
+    summary = pipe.stage_pruning_summary()
+    assert summary.steps == 3 and summary.executed.share == pytest.approx(allocation.executed.share)
