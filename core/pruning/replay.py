@@ -13,6 +13,7 @@ from ..errors import BankError
 from ..groups.layer import layer_at
 from ..host import Host, Prompt, SamplerState
 from .bank import Consumer
+from .prefix import Prefix, blocks_of, room_on
 
 
 class _Step(NamedTuple):
@@ -20,6 +21,7 @@ class _Step(NamedTuple):
 
     before: SamplerState
     after: Tensor
+    prefix: Prefix
 
 
 class Replay:
@@ -28,7 +30,7 @@ class Replay:
     A step is made again from the dense state before it, so that its error is what the change itself costs: smooth in
     the number of units, and reliable with a handful of prompts, which the distance between whole trajectories is not.
     It is taken after guidance and the sampler's update. What it still means at the end differs from step to step, and
-    is measured once, for one change (`weigh`).
+    is measured once, for one change (`weigh`). Blocks before the first change are not run again (see `prefix.py`).
 
     Args:
         host: the pipeline, dense.
@@ -51,10 +53,14 @@ class Replay:
         places = {int((place + 0.5) * self.total / noise_levels) for place in range(min(noise_levels, self.total))}
         self.conditions, state = host.encode(prompts), host.start(range(seed, seed + len(prompts)), steps)
         self.steps: list[_Step] = []
+        blocks, room = blocks_of(host.denoiser), room_on(state.latents.device)
         for index in sorted(places):
             before = self._advance(state, index)
-            state = self._advance(before, index + 1)
-            self.steps.append(_Step(before, state.latents))
+            prefix = Prefix(host.denoiser, blocks, room)
+            with prefix.recording():
+                state = self._advance(before, index + 1)
+            room -= prefix.held
+            self.steps.append(_Step(before, state.latents, prefix))
         self.final = self._advance(state, self.total).latents
         if not self.steps or not bool(torch.isfinite(self.final).all()):
             raise BankError("the dense denoiser's samples are not finite, so nothing can be compared with them.")
@@ -69,8 +75,7 @@ class Replay:
         """
         self.weights = []
         for step in self.steps:
-            with replaced(self.host.denoiser, consumers):
-                state = self._advance(step.before, step.before.index + 1)
+            state = self._remade(step, consumers)
             error = _squared(state.latents, step.after)
             final = _squared(self._advance(state, self.total).latents, self.final)
             self.weights.append(final / error if error else 0.0)
@@ -82,11 +87,14 @@ class Replay:
         Args:
             consumers: path -> weight and bias in the dense layer's shape. A bias is left out where the layer has none.
         """
-        with replaced(self.host.denoiser, consumers):
-            remade = [self._advance(step.before, step.before.index + 1).latents for step in self.steps]
-        errors = [_squared(latents, step.after) for latents, step in zip(remade, self.steps, strict=True)]
+        errors = [_squared(self._remade(step, consumers).latents, step.after) for step in self.steps]
         weighted = sum(weight * error for weight, error in zip(self.weights, errors, strict=True))
         return weighted * self.total / len(self.steps)
+
+    def _remade(self, step: _Step, consumers: Mapping[str, Consumer]) -> SamplerState:
+        """The state after a step that is made with these consumers."""
+        with replaced(self.host.denoiser, consumers), step.prefix.resumed(consumers):
+            return self._advance(step.before, step.before.index + 1)
 
     def _advance(self, state: SamplerState, until: int) -> SamplerState:
         return self.host.advance(state, self.conditions, self.guidance, until)
