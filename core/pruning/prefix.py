@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..groups import find_groups, width_groups
 
-ROOM = 2**32
+ROOM = 2**31
 """Bytes of outputs that are held in the host's memory at most."""
 
 
