@@ -170,9 +170,10 @@ def prune(
             `["block"]` skips whole blocks (`depth`, `depth-output`, `random`).
         order: `shared` (one order, prefix views, free switches) or `stage` (one a stage, gathered at a switch).
         consumers: `shared` (one compensated consumer a level) or `stage` (one a level and stage).
-        layer_allocation: how a level is divided among the groups: `measured`, by how far samples would move if
-            one group alone were pruned (the default of `obs`; a few hundred calls of the denoiser), or `uniform`, the
-            same share in every group (the default of the other methods).
+        layer_allocation: how a level is divided among the groups: `measured`, by how far samples would move if one
+            group alone were pruned (the default of `obs`; 25 guided calls of the denoiser for each group, about half of
+            which is remembered from dense ones), or `uniform`, the same share in every group (the default of the other
+            methods).
         layer_prompts: prompts to measure that with, the calibration's first ones.
         predecessors: compensate consumers for inputs from `dense` predecessors, or from those that each level has
             itself (`pruned`: asymmetric compensation, which runs every level beside the dense denoiser).

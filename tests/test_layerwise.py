@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 import zoo
 from stageprune.core.api import host_for
+from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import calibrate
-from stageprune.core.errors import BankError
+from stageprune.core.errors import BankError, BundleError
 from stageprune.core.evaluation.pictures import layers_picture
 from stageprune.core.groups import find_groups, measure_cost, width_groups
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.bank import Consumer
-from stageprune.core.pruning.layer_allocation import replay_for
+from stageprune.core.pruning.layer_allocation import _short, replay_for
 from stageprune.core.pruning.layerwise import Sensitivity, choose, grid_counts, spread
 from stageprune.core.pruning.levels import Widths, kept_counts
-from stageprune.core.pruning.replay import replaced
+from stageprune.core.pruning.replay import Replay, replaced
 from stageprune.core.pruning.states import zero_filled_state
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
@@ -58,7 +59,12 @@ def sensitivity_of(groups, factors, multiple=16):
 def test_levels_are_nested_and_remove_what_was_asked(groups, cost, data):
     multiple = data.draw(st.sampled_from([8, 16, 24]))
     factors = data.draw(st.lists(st.floats(1e-6, 10), min_size=len(groups), max_size=len(groups)))
-    levels = [0.0, *sorted(data.draw(st.sets(st.sampled_from([0.05 * i for i in range(1, 15)]), min_size=1)))]
+    gap = data.draw(
+        st.sampled_from([0.05, 0.01, 0.002])
+    )  # of the smallest a level may take more than the next asks for
+    begin = data.draw(st.floats(0.001, 0.6))
+    steps = data.draw(st.sets(st.integers(0, 10 if gap < 0.05 else 2), min_size=1))
+    levels = [0.0, *(begin + gap * step for step in sorted(steps))]
     power = data.draw(st.sampled_from([1.0, 0.5]))
     kept = spread(groups, cost, levels, sensitivity_of(groups, factors, multiple), power, Widths(multiple))
     total = sum(cost.units[group.name] * group.size for group in groups)
@@ -104,6 +110,21 @@ def test_what_costs_nothing_goes_first(groups, cost):
 def test_all_is_removed_that_may_be_and_no_more(groups, cost):
     kept = spread(groups, cost, [0.0, 0.99], sensitivity_of(groups, [1.0] * len(groups)), widths=Widths(16))
     assert all(kept[group.name][1] == grid_counts(group, Widths(16))[-1] for group in groups)
+
+
+def test_what_breaks_the_samples_goes_last(groups, cost):
+    """In half precision a group that is pruned hard may overflow."""
+    sensitivity = sensitivity_of(groups, [1.0] * len(groups))
+    fragile = groups[0].name
+    broken = (*sensitivity.errors[fragile][:2], *(math.inf for _ in sensitivity.errors[fragile][2:]))
+    kept = spread(groups, cost, [0.0, 0.5, 0.99], replace(sensitivity, errors={**sensitivity.errors, fragile: broken}))
+    assert kept[fragile][1] >= sensitivity.counts[fragile][1] > kept[fragile][2]
+
+
+def test_a_candidate_that_breaks_the_samples_is_not_chosen():
+    broken = {"uniform": [math.inf, 0.01], "squares": [0.1, 0.1], "lengths": [0.2, 0.2]}
+    assert choose(broken) == "squares"
+    assert choose({"uniform": [math.inf, 0.1], "squares": [math.inf, 0.2]}) == "uniform"
 
 
 def test_the_candidate_of_least_geometric_mean_wins():
@@ -160,6 +181,39 @@ def test_a_step_counts_by_what_its_error_means_at_the_end(case):
         assert len(set(replay.weights)) > 1 and min(replay.weights) > 0
         error = replay.error(consumers)
     assert math.isclose(error, sum(finals) * replay.total / len(finals), rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_the_steps_reach_from_the_noisiest_to_the_cleanest(steps):
+    host = host_for(zoo.make_pipeline("dit"))
+    replay = Replay(host, [1], 0, steps, 2.0, 5)
+    places = [step.before.index for step in replay.steps]
+    if steps <= 5:
+        assert places == list(range(steps))
+    else:
+        assert len(places) == 5 and places[0] == steps - 1 - places[-1]
+
+
+def test_samples_that_are_not_finite_are_told_and_saved(tmp_path):
+    """A level that overflows has an infinite error; what was measured is recorded as JSON has it, and read again."""
+    host = host_for(zoo.make_pipeline("dit"))
+    replay = Replay(host, [1], 0, 6, 2.0, 5)
+    path = "transformer_blocks.0.ff.net.2"
+    layer = host.denoiser.get_submodule(path)
+    broken = {path: Consumer(torch.full_like(layer.weight, 3e38), layer.bias)}
+    with torch.no_grad():
+        assert replay.error(broken) == math.inf
+        replay.weigh(broken)
+    assert replay.weights == [1.0] * 5
+    calibration = calibrate(host, [1, 2, 3, 4], steps=4)
+    bank = prune(host, calibration, levels=LEVELS, multiple=8)
+    told = replace(bank, provenance={**bank.provenance, "layer_errors": {"squares": [0.1, _short(math.inf), 0.2]}})
+    assert "0.1, not finite, 0.2" in str(told)
+    Bundle(told).save(tmp_path / "bundle")
+    assert Bundle.load(tmp_path / "bundle").bank.provenance["layer_errors"] == {"squares": [0.1, None, 0.2]}
+    with pytest.raises(BundleError, match="not finite"):
+        Bundle(replace(bank, provenance={"error": math.nan})).save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_choice_is_measured_and_recorded(case):

@@ -55,7 +55,7 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The file's text. BundleError if a number in it is not finite, which could not be read again."""
         data = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -63,7 +63,10 @@ class Manifest:
             "fingerprint": self.fingerprint.to_dict(),
             "schedule": self.schedule.to_dict() if self.schedule else None,
         }
-        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+        try:
+            return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST}: its provenance or schedule holds a number that is not finite.") from error
 
 
 def read_manifest(folder: Path) -> Manifest:

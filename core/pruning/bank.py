@@ -197,9 +197,10 @@ class Bank:
         ]
         errors = self.provenance.get("layer_errors")
         if errors:
-            lines.append(f"  layers: {self.provenance['layer_allocation']}; relative squared error of the output")
+            lines.append(f"  layers: {self.provenance['layer_allocation']}; mean squared error of the samples")
             lines += [
-                f"    {name}: {', '.join(f'{error:.2g}' for error in each)}" for name, each in sorted(errors.items())
+                f"    {name}: {', '.join('not finite' if error is None else f'{error:.2g}' for error in each)}"
+                for name, each in sorted(errors.items())
             ]
         for level, sparsity in enumerate(self.sparsities):
             shown = [self._shown(kind, level) for kind, count in kinds.items() if count]

@@ -23,6 +23,9 @@ POWERS = {"squares": 1.0, "lengths": 0.5}
 
 UNIFORM = "uniform"
 
+WORST = 1e30
+"""Counts for an infinite error: such removals come last."""
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -30,7 +33,8 @@ class Sensitivity:
 
     Args:
         counts: group name -> kept units, falling from all of them.
-        errors: group name -> mean squared error of the samples at each of these counts; the first is 0.
+        errors: group name -> mean squared error of the samples at each of these counts; the first is 0. Infinite where
+            the samples are not finite (half precision may overflow).
     """
 
     counts: Mapping[str, tuple[int, ...]]
@@ -91,7 +95,7 @@ def spread(
 def _steps(group: Group, macs: int, sensitivity: Sensitivity, power: float) -> Iterator[_Step]:
     """The lower convex hull of a group's errors, steepest last."""
     counts = sensitivity.counts[group.name]
-    errors = [error**power for error in sensitivity.errors[group.name]]
+    errors = [min(error, WORST) ** power for error in sensitivity.errors[group.name]]
     hull = [0]
     for point in range(1, len(counts)):
         while len(hull) > 1 and _slope(counts, errors, hull[-1], point) <= _slope(counts, errors, hull[-2], hull[-1]):
@@ -116,6 +120,8 @@ def _remove(
     """Take units away, cheapest first, until `target` MACs are gone; those that would overshoot are left to the end,
     when the smallest that is enough closes the gap.
     """
+    if gone >= target:  # the level before had to take more than it was asked for
+        return gone
     closed: set[str] = set()  # groups whose next unit is too large; a later, dearer step of theirs must wait for it
     for step in steps:
         if step.group in closed or now[step.group] <= step.until:
@@ -159,5 +165,8 @@ def choose(errors: Mapping[str, Sequence[float]]) -> str:
     Args:
         errors: candidate -> error of the samples at each level above 0, with all groups pruned.
     """
-    means = {name: sum(math.log(max(error, 1e-30)) for error in each) / len(each) for name, each in errors.items()}
+    means = {
+        name: sum(math.log(min(max(error, 1 / WORST), WORST)) for error in each) / len(each)
+        for name, each in errors.items()
+    }
     return min(means, key=lambda name: (means[name], name))

@@ -171,8 +171,10 @@ def blocks_of(denoiser: nn.Module) -> list[str]:
 
 
 def room_on(device: torch.device) -> int:
-    """Bytes of outputs that may be held: half of what is free on a GPU, `ROOM` elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ROOM
+    """Bytes of outputs that may be held: a quarter of what is free on a GPU (the consumers of two banks are still to
+    come, and what runs needs room), `ROOM` elsewhere.
+    """
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else ROOM
 
 
 def _put_back(block: nn.Module, own: Any) -> None:

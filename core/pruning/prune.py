@@ -110,6 +110,12 @@ def prune(
     if packages and calibration is not None:
         trajectories = trajectories_of(host, calibration, predecessor_prompts)
         solved = compensate_for_predecessors(host, solver, orders, plan.counts, solved, packages, trajectories)
+    asymmetric = {
+        "predecessors": predecessors,
+        "predecessor_prompts": predecessor_prompts,
+        "hessian_budget": hessian_budget,
+        "packages": len(packages),
+    }
     record = {
         "method": method,
         "damping": damping,
@@ -119,7 +125,8 @@ def prune(
         "keep_dense": list(keep_dense),
         "seed": seed,
         **plan.record,
-        **({"predecessors": predecessors, "packages": len(packages)} if packages else {}),
+        **({"layer_prompts": layer_prompts} if measured else {}),
+        **(asymmetric if packages else {}),
         "seconds": round(time.perf_counter() - started, 2),
         "calibration": dict(calibration.provenance) if calibration is not None and recipe.needs_data else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Replay:
         self.host = host
         self.guidance = guidance
         self.total = len(host.taus(steps))
-        places = {int((place + 0.5) * self.total / noise_levels) for place in range(min(noise_levels, self.total))}
+        places = {int((place + 0.5) * self.total / noise_levels) for place in range(noise_levels)}
         self.conditions, state = host.encode(prompts), host.start(range(seed, seed + len(prompts)), steps)
         self.steps: list[_Step] = []
         blocks, room = blocks_of(host.denoiser), room_on(state.latents.device)
@@ -68,7 +69,8 @@ class Replay:
 
     def weigh(self, consumers: Mapping[str, Consumer]) -> None:
         """From here on, count each step by how much an error there still means at the end: make it with `consumers`,
-        go on with the dense denoiser, and divide the squared error of the final sample by that of the step.
+        go on with the dense denoiser, and divide the squared error of the final sample by that of the step. A step that
+        is not finite with them counts once.
 
         Args:
             consumers: as in `error`; of about the sparsity that is of interest.
@@ -78,18 +80,19 @@ class Replay:
             state = self._remade(step, consumers)
             error = _squared(state.latents, step.after)
             final = _squared(self._advance(state, self.total).latents, self.final)
-            self.weights.append(final / error if error else 0.0)
+            known = math.isfinite(error) and math.isfinite(final)
+            self.weights.append(1.0 if not known else final / error if error else 0.0)
 
     def error(self, consumers: Mapping[str, Consumer]) -> float:
         """Mean squared error of the final sample that these consumers would cause, if the errors of its steps were
-        independent.
+        independent. Infinite if the samples are not finite.
 
         Args:
             consumers: path -> weight and bias in the dense layer's shape. A bias is left out where the layer has none.
         """
         errors = [_squared(self._remade(step, consumers).latents, step.after) for step in self.steps]
         weighted = sum(weight * error for weight, error in zip(self.weights, errors, strict=True))
-        return weighted * self.total / len(self.steps)
+        return weighted * self.total / len(self.steps) if math.isfinite(weighted) else math.inf
 
     def _remade(self, step: _Step, consumers: Mapping[str, Consumer]) -> SamplerState:
         """The state after a step that is made with these consumers."""
