@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +89,31 @@ def inside(module: nn.Module) -> dict[str, Any]:
     }
 
 
+COMPILED = ("whole", "blocks", "wrapped")
+"""Ways to compile a denoiser."""
+
+
+def compile_and_run(pipe: Any, how: str, batch: int) -> list[int]:
+    """Compile a pipeline's transformer with a backend that changes no number, and run so many samples: the graphs for
+    batches of this size are there from then on. Every capture of a graph, and every run of one, adds to the list.
+    """
+    seen: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.append(1)
+        return lambda *args: (seen.append(1), graph.forward(*args))[1]
+
+    for block in pipe.transformer.transformer_blocks if how == "blocks" else ():
+        block.compile(backend=backend)
+    if how == "whole":
+        pipe.transformer.compile(backend=backend)
+    if how == "wrapped":
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    latents(pipe, labels=[1] * batch)
+    assert seen
+    return seen
+
+
 @contextmanager
 def untouched(pipe: Any) -> Iterator[None]:
     """The denoiser after the block is what it was before: weights bit for bit, classes, attributes, hooks, images."""
@@ -150,6 +176,12 @@ def least_squares(weight: Tensor, rows: Tensor, kept: Tensor, damping: float) ->
     columns = torch.cat([kept, torch.tensor([width])])
     solution = torch.linalg.lstsq(data[:, columns], data @ weight.T, driver="gelsd").solution.T
     return solution[:, :-1], solution[:, -1]
+
+
+def broken(bank: Bank) -> Bank:
+    """The bank with consumers that overflow whatever they are given, as a level in half precision may."""
+    consumers = {key: each._replace(weight=each.weight * 1e30) for key, each in bank.consumers.items()}
+    return replace(bank, consumers=consumers)
 
 
 def hessian_of(rows: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ import stageprune
 from stageprune.core.calibration import Calibration, calibrate, step_weights
 from stageprune.core.calibration import hessian as recorders
 from stageprune.core.calibration.tf32 import tf32_products
+from stageprune.core.eager import eager
 from stageprune.core.errors import CalibrationError, ScheduleError, StagePruneError
 from stageprune.core.groups import consumer_sites, find_groups, width_groups
 from stageprune.core.groups.layer import layer_at
 from stageprune.core.hosts.diffusers import DiffusersHost
-from support import LABELS, inside, make_pipe, relative
+from support import COMPILED, LABELS, compile_and_run, inside, latents, make_pipe, relative
 
 PROMPTS = [1, 2, 3, 4, 5, 6, 7]
 CALL = {"steps": 10, "guidance": 1.5, "stages": 2, "batch_size": 2}
@@ -136,6 +137,49 @@ def test_threads_leave_the_switch_as_it_was():
     assert within != before == getattr(matmul, name)
 
 
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_denoiser_is_calibrated_as_an_eager_one(how):
+    """Its graphs are older than the hooks that record, so they are set aside, and serve again afterwards."""
+    options = {**CALL, "kinds": ("head", "neuron", "block"), "skip_blocks": True, "taylor": 0.0}
+    expected = calibrate(DiffusersHost(make_pipe()), PROMPTS, **options)
+    torch._dynamo.reset()
+    pipe = make_pipe()
+    graphs = compile_and_run(pipe, how, CALL["batch_size"])
+    images, count = latents(pipe), len(graphs)
+    found = calibrate(DiffusersHost(pipe), PROMPTS, **options)
+    assert len(graphs) == count, "no graph may run, and none be captured"
+    assert bit_equal(found, expected)
+    assert found.scores.keys() == expected.scores.keys()
+    assert all(torch.equal(found.scores[name], table) for name, table in expected.scores.items())
+    assert torch.equal(latents(pipe), images) and len(graphs) > count
+    torch._dynamo.reset()
+
+
+def test_eager_blocks_of_several_threads_leave_the_switch_as_it_was():
+    """As they overlap: the first ends while the second goes on."""
+    ran = []
+
+    def backend(graph, _):
+        return lambda *args: (ran.append(1), graph.forward(*args))[1]
+
+    compiled = torch.compile(lambda values: values + 1, backend=backend)
+
+    def is_eager():
+        ran.clear()
+        compiled(torch.ones(2))
+        return not ran
+
+    first, second = eager(), eager()
+    assert not is_eager()
+    first.__enter__()
+    second.__enter__()
+    assert is_eager()
+    first.__exit__(None, None, None)
+    assert is_eager()
+    second.__exit__(None, None, None)
+    assert not is_eager()
+
+
 def test_explicit_boundaries(pipe):
     calibration = calibrate(DiffusersHost(pipe), PROMPTS, steps=10, stages=[0.75])
     assert calibration.edges == (1.0, 0.75, 0.0)
@@ -219,6 +263,7 @@ def test_calibration_that_lacks_a_consumer(host, calibration, tmp_path):
     ("arguments", "error", "message"),
     [
         ({"prompts": []}, CalibrationError, "`prompts` is empty"),
+        ({"prompts": "cat"}, StagePruneError, r"must be a list of texts or .* got one str; give \['cat'\]"),
         ({"steps": 0}, CalibrationError, "`steps` and `batch_size` must be at least 1"),
         ({"batch_size": 0}, CalibrationError, "`steps` and `batch_size` must be at least 1"),
         ({"stages": 0}, CalibrationError, "`stages` must be at least 1"),

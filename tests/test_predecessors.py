@@ -20,7 +20,7 @@ from stageprune.core.pruning.predecessors import PairedMoments, compensate_paire
 from stageprune.core.pruning.solver import nested_columns, widened
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
-from support import inside, make_pipe, raising, relative, same_state, state_of
+from support import COMPILED, compile_and_run, inside, make_pipe, raising, relative, same_state, state_of
 
 LEVELS = (0.0, 0.3, 0.6)
 CALL = {"steps": 5, "guidance": 2.0}
@@ -163,6 +163,26 @@ def test_the_runtime_takes_it():
     with applied(host, bank) as pruner:
         pruner.schedule = StageSchedule.uniform(0.6)
         assert torch.isfinite(sample(host, host.encode([1, 2]), [0, 1], 5, 1.5)).all()
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_denoiser_gives_the_same_bank(how):
+    """Its graphs are older than the hooks that make each call again."""
+    options = {"levels": LEVELS, "multiple": 8, "layer_allocation": "uniform", "predecessors": "pruned"}
+    host = host_for(make_pipe())
+    calibration = calibrate(host, [1, 2, 3, 4] * 4, **CALL)
+    expected = prune(host, calibration, **options)
+    torch._dynamo.reset()
+    pipe = make_pipe()
+    graphs = compile_and_run(pipe, how, batch=16)
+    count = len(graphs)
+    found = prune(host_for(pipe), calibration, **options)
+    assert len(graphs) == count, "no graph may run, and none be captured"
+    torch._dynamo.reset()
+    assert found.consumers.keys() == expected.consumers.keys()
+    for key, consumer in expected.consumers.items():
+        assert torch.equal(found.consumers[key].weight, consumer.weight)
+        assert torch.equal(found.consumers[key].bias, consumer.bias)
 
 
 def test_interrupted_it_leaves_no_trace():

@@ -12,8 +12,9 @@ from stageprune.core.groups.layer import layer_at
 from stageprune.core.groups.registry import find_groups
 from stageprune.core.pruning import prune
 from stageprune.core.pruning.bank import Consumer
-from stageprune.core.pruning.prefix import Prefix, blocks_of
+from stageprune.core.pruning.prefix import Prefix, _Call, blocks_of
 from stageprune.core.pruning.replay import replaced
+from support import COMPILED, compile_and_run
 
 NAMES = ("dit", "sd15", "sdxl", "sd35", "flux")
 
@@ -172,15 +173,19 @@ def test_blocks_divide_no_group():
     assert not any("to_out" in block or ".net." in block for block in blocks)
 
 
-@pytest.mark.parametrize("part", ["whole", "blocks"])
-def test_a_compiled_denoiser_gives_the_same_bank(part):
-    banks = []
+@pytest.mark.parametrize(("how", "warm"), [("blocks", False), *((how, True) for how in COMPILED)])
+def test_a_compiled_denoiser_gives_the_same_bank_by_the_same_blocks(how, warm, monkeypatch):
+    banks, skipped = [], []
+    before = _Call.before
+    monkeypatch.setattr(_Call, "before", lambda call, changed: skipped.append(found := before(call, changed)) or found)
     for compiled in (False, True):
-        host = host_for(zoo.make_pipeline("dit"))
+        pipe = zoo.make_pipeline("dit")
+        host = host_for(pipe)
         calibration = calibrate(host, [0, 1, 2, 3], steps=4)
         if compiled:
-            for module in [host.denoiser] if part == "whole" else host.denoiser.transformer_blocks:
-                module.compile(backend="eager")
-        banks.append(prune(host, calibration, levels=(0.0, 0.2, 0.4), multiple=8))
-    assert banks[0].kept == banks[1].kept
-    assert banks[0].provenance["layer_errors"] == banks[1].provenance["layer_errors"]
+            compile_and_run(pipe, how, 8 if warm else 3)
+        skipped.clear()
+        banks.append((prune(host_for(pipe), calibration, levels=(0.0, 0.2, 0.4), multiple=8), [*skipped]))
+    (eager, some), (graphs, same) = banks
+    assert eager.kept == graphs.kept and eager.provenance["layer_errors"] == graphs.provenance["layer_errors"]
+    assert some == same and any(some)

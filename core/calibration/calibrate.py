@@ -14,7 +14,7 @@ from .. import progress
 from ..errors import CalibrationError
 from ..fingerprint import Fingerprint
 from ..groups import consumer_sites, find_groups, width_groups
-from ..host import Host, Prompt
+from ..host import Host, Prompt, check_prompts
 from ..processes import Processes, Single, own_file
 from ..schedule import StageSchedule
 from .alpha import Alpha, alpha_name, step_weights
@@ -75,11 +75,12 @@ def calibrate(
     Raises:
         CalibrationError: no prompts, no such kind of unit or weight, too few data for the Hessians' rank, a budget that
             is too small, or a checkpoint of another call.
-        StagePruneError: another process has ended.
+        StagePruneError: `prompts` is one text, or another process has ended.
 
     Example:
         >>> calibration = calibrate(host, prompts=[0, 1, 2, 3] * 8, steps=20, checkpoint="calibration.part")
     """
+    check_prompts(prompts)
     if not prompts:
         raise CalibrationError("`prompts` is empty: give at least a few dozen prompts or class labels.")
     if steps < 1 or batch_size < 1:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..eager import eager
 from ..errors import CalibrationError
 from ..groups import Group, consumer_sites, find_groups, input_sites, layer_paths, width_groups
 from ..groups.layer import layer_at, matrix_of
@@ -91,8 +92,9 @@ class Recorders:
 
     def finish(self, samples: Tensor, seeds: Sequence[int]) -> None:
         """The trajectory has ended with these latents."""
-        for recorder in self.taylor:
-            recorder.finish(samples, seeds)
+        with eager():  # compiled graphs would not call these hooks
+            for recorder in self.taylor:
+                recorder.finish(samples, seeds)
 
     @contextmanager
     def recording(self, layers: Collection[str], scores: bool) -> Iterator[None]:
@@ -103,6 +105,7 @@ class Recorders:
             scores: of units and whole blocks too.
         """
         with ExitStack() as stack:
+            stack.enter_context(eager())  # compiled graphs would not call these hooks
             stack.enter_context(self.hessians.recording(layers))
             for recorder in self._all[1:] if scores else ():
                 stack.enter_context(recorder.recording())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..eager import eager
 from ..errors import GroupError
 from ..host import InputSize
 from .group import Group, consumer_sites, kept_columns, width_groups
@@ -60,9 +61,9 @@ def check_slice_equals_mask(
     results = []
     for group in groups:
         keep = torch.randperm(group.size, generator=generator)[: max(1, (group.size + 1) // 2)]
-        with torch.no_grad(), masked(denoiser, groups, {group.name: keep}):
+        with torch.no_grad(), eager(), masked(denoiser, groups, {group.name: keep}):
             expected = _output(denoiser, inputs)
-        with torch.no_grad(), sliced(denoiser, groups, {group.name: keep}):
+        with torch.no_grad(), eager(), sliced(denoiser, groups, {group.name: keep}):
             got = _output(denoiser, inputs)
         error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not error <= tolerance:

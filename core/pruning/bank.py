@@ -199,7 +199,7 @@ class Bank:
         if errors:
             lines.append(f"  layers: {self.provenance['layer_allocation']}; mean squared error of the samples")
             lines += [
-                f"    {name}: {', '.join('not finite' if error is None else f'{error:.2g}' for error in each)}"
+                f"    {name}: {', '.join(f'{float(error):.2g}' for error in each)}"  # a bundle tells inf as text
                 for name, each in sorted(errors.items())
             ]
         for level, sparsity in enumerate(self.sparsities):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -149,6 +148,5 @@ def _consumers(
         yield from solver.consumers(path, None, orders, counts)
 
 
-def _short(error: float) -> float | None:
-    """Four digits; None, which JSON has, if it is infinite."""
-    return float(f"{error:.4g}") if math.isfinite(error) else None
+def _short(error: float) -> float:
+    return float(f"{error:.4g}")

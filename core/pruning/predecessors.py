@@ -24,6 +24,7 @@ from .. import progress
 from ..calibration import Calibration, step_weights
 from ..calibration.hessian import design_rows
 from ..calibration.packages import device_for, packages
+from ..eager import eager
 from ..errors import BankError, CalibrationError
 from ..groups import Group, consumer_sites, input_sites
 from ..groups.layer import inputs_of, layer_at, matrix_columns, matrix_of, taps_of
@@ -131,7 +132,8 @@ class PairedMoments:
             layer = layer_at(self.denoiser, path)
             hooks.append(layer.register_forward_pre_hook(lambda _, args, path=path: self._see(path, args[0])))
         try:
-            yield
+            with eager():  # compiled graphs would not call these hooks
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

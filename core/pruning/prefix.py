@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..eager import eager
 from ..groups import find_groups, width_groups
 
 ROOM = 2**31
@@ -96,6 +97,7 @@ class Prefix:
             self._calls.append(_Call((args, kwargs)))
 
         with ExitStack() as stack:
+            stack.enter_context(eager())  # graphs would not call these hooks, or call them for good
             stack.callback(self.denoiser.register_forward_pre_hook(call, with_kwargs=True).remove)
             for path in self.blocks:
                 block = self.denoiser.get_submodule(path)
@@ -131,6 +133,7 @@ class Prefix:
                 given.update({path: known.outputs[path] for path in blocks})
 
         with ExitStack() as stack:
+            stack.enter_context(eager())
             stack.callback(self.denoiser.register_forward_pre_hook(call, with_kwargs=True).remove)
             for path in set().union(*usable):
                 block = self.denoiser.get_submodule(path)
