@@ -14,7 +14,10 @@ import stageprune
 from stageprune import StagePruneError, StageSchedule, disable_stage_pruning, enable_stage_pruning
 from stageprune.core.bundle import Bundle
 from stageprune.core.errors import BankError, GroupError, ScheduleError
+from stageprune.core.evaluation import evaluate
+from stageprune.core.evaluation.benchmark import benchmark
 from stageprune.core.hosts.diffusers import DiffusersHost, reader_for
+from stageprune.core.hosts.diffusers.export import export_level
 from stageprune.core.pruning import Bank
 from stageprune.core.runtime import applied, pruner, pruner_of, summarise, swap
 from support import LABELS, LEVELS, SCHEDULE, TAUS, images, make_pipe, same_state, state_of, untouched
@@ -195,6 +198,29 @@ def test_bare_schedule(pipe, calibration):
     disable_stage_pruning(pipe)
     twin = copy.deepcopy(pipe.transformer)
     enable_stage_pruning(twin, StageSchedule.uniform(0.7))
+
+
+MEASURED = {
+    "evaluate": lambda pipe, bundle, _: evaluate(
+        DiffusersHost(pipe), bundle, prompts=[1], count=2, steps=2, batch_size=2, curve=False
+    ),
+    "export": lambda pipe, bundle, folder: export_level(pipe, bundle.bank, folder / "plain", 0.2, 0, "zeros"),
+    "bench": lambda pipe, bundle, _: benchmark(pipe.transformer, bundle.bank, DiffusersHost(pipe).tau_reader, rounds=1),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+@pytest.mark.parametrize("known", ["pruned", "enabled"])
+def test_a_bank_that_is_only_measured_is_not_the_known_one(pipe, calibration, banks, tmp_path, measure, known):
+    """`evaluate` enables the magnitude bank last: it must not be what a bare schedule runs afterwards."""
+    bank = stageprune.prune(pipe, calibration, levels=LEVELS, multiple=16)
+    if known == "enabled":
+        bank = banks["stage-stage"]
+        enable_stage_pruning(pipe, Bundle(bank, SCHEDULE))
+        disable_stage_pruning(pipe)
+    MEASURED[measure](pipe, Bundle(banks["shared-shared"], SCHEDULE), tmp_path)
+    enable_stage_pruning(pipe, SCHEDULE)
+    assert pruner_of(pipe.transformer).bank is bank
 
 
 def test_bundle_without_a_schedule(pipe, bank):

@@ -17,6 +17,9 @@ from .registry import family_of
 SeeInput = Callable[[str, Tensor], None]
 """Called with the path of a layer and its input, on the meta device, in the order in which the layers run."""
 
+_CALLED = ("_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl", "forward")
+"""What an instance may hold that a call runs beside or instead of its class's forward."""
+
 
 def run_on_meta(
     denoiser: nn.Module, size: InputSize | None = None, watch: Mapping[str, SeeInput] | None = None
@@ -39,20 +42,19 @@ def run_on_meta(
 
 @contextmanager
 def _bare(denoiser: nn.Module) -> Iterator[None]:
-    """Without hooks (a user's may read values, which meta tensors lack) and without compiled calls (not countable)."""
+    """Without hooks (a user's may read values, which meta tensors lack), without a forward that an offloading hook put
+    in the instance (it moves weights, which meta tensors cannot), and without compiled calls (not countable).
+    """
     saved = []
     for module in denoiser.modules():
-        for name in ("_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl"):
-            saved.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = None if name == "_compiled_call_impl" else OrderedDict()
+        state = module.__dict__
+        saved.append((state, {name: state.pop(name) for name in _CALLED if name in state}))
+        state.update(_forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
     try:
         yield
     finally:
-        for module, name, value in saved:
-            if name == "_compiled_call_impl" and value is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = value
+        for state, values in saved:
+            state.update(values)
 
 
 def _to_meta(value: Any) -> Any:

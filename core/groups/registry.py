@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import GroupError
 from ..host import InputSize
 from .group import Group, check_groups
+from .hooked import refuse_hooked_layers
 
 
 class Family(Protocol):
@@ -65,10 +66,13 @@ def family_of(denoiser: nn.Module) -> Family:
 def find_groups(denoiser: nn.Module) -> list[Group]:
     """Groups of `denoiser` as its family declares them, checked against the modules' shapes.
 
+    Layers that are offloaded one by one are refused: whoever asks for the groups will read or swap their weights.
+
     Example:
         >>> for group in find_groups(pipe.transformer):
         ...     print(group)
     """
     groups = family_of(denoiser).groups(denoiser)
     check_groups(denoiser, groups)
+    refuse_hooked_layers(denoiser, groups)
     return groups

@@ -7,17 +7,17 @@ sets an integer, which the forward reads and compiled graphs guard on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from ..groups.passing import Place, passed, places_of
+from .swapped import Swapped, swap_class
 
 
-class SkippableBlock(nn.Module):
+class SkippableBlock(Swapped):
     """A block of any class that runs, or passes its streams on. Joined with that class by `to_skippable`."""
 
-    stage_base: ClassVar[type[nn.Module]]  # what it was
     stage_skipped: int  # 1 where it is left out
     stage_passes: tuple[Place, ...]
 
@@ -30,7 +30,7 @@ class SkippableBlock(nn.Module):
     def restore(self) -> None:
         """Become again what this was."""
         del self.stage_skipped, self.stage_passes
-        self.__class__ = self.stage_base  # type: ignore[assignment]
+        self.swap_back()
 
 
 def to_skippable(block: nn.Module, passes: Sequence[str]) -> SkippableBlock:
@@ -41,7 +41,7 @@ def to_skippable(block: nn.Module, passes: Sequence[str]) -> SkippableBlock:
         passes: see `Group.passes`.
     """
     places = places_of(block.forward, passes)
-    block.__class__ = _skippable_class(type(block))
+    swap_class(block, _skippable_class(type(block)))
     skippable: SkippableBlock = block  # type: ignore[assignment]
     skippable.stage_skipped, skippable.stage_passes = 0, places
     return skippable

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import StagePruneError
 from ..groups import Group, consumer_sites, measure_cost
 from ..groups.group import kept_columns
+from ..groups.hooked import ALLOWED, refuse_hooked
 from ..groups.layer import inputs_of, layer_at, norm_at
 from ..host import InputSize, TauReader
 from ..pruning import Bank
@@ -22,11 +23,12 @@ from .blocks import SkippableBlock, to_skippable
 from .memory import resident_bytes
 from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
 from .swap import Producer, to_gathered, to_levels, to_offloaded, to_offloaded_rows, to_prefix
+from .swapped import Swapped
 
 logger = logging.getLogger(__name__)
 
 _PRUNER = "_stage_pruner"
-_BANK = "_stage_bank"
+_BANK = "_stage_bank"  # set by `remember_bank` alone: a pruner may run a rival's bank to measure it
 
 Variant = tuple[int, int]
 """(level, stage of the bank); (0, 0) is dense."""
@@ -106,6 +108,7 @@ class StagePruner:
         self._bound: list[int] = []
         try:
             self._attach()
+            self._name_swapped()
             _make_room_for_graphs(len(self.variants), _shapes(bank))
             self.schedule = schedule
             self.switch(0)
@@ -120,7 +123,6 @@ class StagePruner:
             denoiser.register_load_state_dict_pre_hook(_refuse_load),  # type: ignore[no-untyped-call]
         ]
         denoiser.__dict__[_PRUNER] = self
-        denoiser.__dict__[_BANK] = bank
 
     @property
     def schedule(self) -> StageSchedule:
@@ -154,6 +156,7 @@ class StagePruner:
 
     def detach(self) -> None:
         """Restore the denoiser, bit for bit."""
+        self._check_weights()
         for hook in self._hooks:
             hook.remove()
         self._restore()
@@ -167,7 +170,21 @@ class StagePruner:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # Outside of any graph: it reads a Python float and sets integers that the blocks' graphs guard on.
+        self._check_weights()
         self.switch(self._schedule.stage_of(self.read_tau(args, kwargs)))
+
+    def _check_weights(self) -> None:
+        """Hooks on the staged layers refuse themselves (see `Swapped`); those on a module around them, which takes the
+        layers' weights away too, show in that there are none.
+        """
+        for staged in self._staged:
+            weight = staged._parameters.get("weight")
+            if weight is not None and weight.is_meta:
+                raise StagePruneError(
+                    f"the weight of `{staged.stage_path}` has been taken to the meta device since stage pruning was "
+                    f"enabled: a hook around it would bring back the dense one. {ALLOWED} Load the pipeline anew and "
+                    "offload it so."
+                )
 
     def _set(self, variant: int) -> None:
         self._set_integers(variant)
@@ -198,6 +215,12 @@ class StagePruner:
                 continue
             self._staged.append(to_levels(layer, consumers, order))
             self._settings.append(_Setting(self._staged[-1], "stage_variant", list(range(len(self.variants)))))
+
+    def _name_swapped(self) -> None:
+        """Let each swapped module say where it is when it refuses something."""
+        for path, module in self.denoiser.named_modules():
+            if isinstance(module, Swapped):
+                module.stage_path = path
 
     def _trim(self) -> None:
         """Only from here on may the denoiser not be run dense; the first stage has been set."""
@@ -298,7 +321,7 @@ def pruner_of(denoiser: nn.Module) -> StagePruner | None:
 
 
 def known_bank(denoiser: nn.Module) -> Bank | None:
-    """The bank last enabled on `denoiser` or made from it, if any."""
+    """The bank that a user last enabled on `denoiser` or made from it, if any."""
     return denoiser.__dict__.get(_BANK)
 
 
@@ -331,15 +354,8 @@ def _check_state(denoiser: nn.Module, bank: Bank) -> None:
                 f"`{path}` is a {type(layer).__name__}, not a plain torch.nn.Linear or torch.nn.Conv2d. Fuse and "
                 "unload LoRA, and load the unquantised model, before enabling stage pruning."
             )
-        _refuse_offloaded(path, layer)
     for path in (path for group in bank.groups for path in group.blocks):
-        block = denoiser.get_submodule(path)
-        _refuse_offloaded(path, block)
-        if "forward" in block.__dict__:
-            raise StagePruneError(
-                f"the forward of `{path}` has been replaced, so the block cannot be skipped. Enable stage pruning "
-                "first; to compile a block use block.compile()."
-            )
+        refuse_hooked(path, denoiser.get_submodule(path))
 
 
 def _check_companions(denoiser: nn.Module, bank: Bank) -> None:
@@ -351,15 +367,6 @@ def _check_companions(denoiser: nn.Module, bank: Bank) -> None:
                 f"`{path}` is a {type(norm).__name__}, not a plain torch.nn.GroupNorm; prune with `kinds` that leave "
                 "its group out."
             )
-        _refuse_offloaded(path, norm)
-
-
-def _refuse_offloaded(path: str, module: nn.Module) -> None:
-    if hasattr(module, "_hf_hook"):
-        raise StagePruneError(
-            f"`{path}` is offloaded by accelerate, which keeps the old forward. Enable stage pruning first, then "
-            "offload."
-        )
 
 
 def _full_order(entries: Sequence[tuple[Group, int]], units: Mapping[str, Tensor], columns: int) -> Tensor:

@@ -72,10 +72,13 @@ def enable_stage_pruning(
     if isinstance(target, nn.Module):
         if schedule.taus is not None:
             logger.warning("the schedule lists %d steps, which only a pipeline can run.", len(schedule.taus))
-        return StagePruner(denoiser, bank, schedule, reader_for(denoiser), resident=resident)
+        pruner = StagePruner(denoiser, bank, schedule, reader_for(denoiser), resident=resident)
+        remember_bank(denoiser, bank)
+        return pruner
     host = DiffusersHost(target)
     listed = None if schedule.taus is None else host.visiting(schedule.taus).scheduler
     pruner = StagePruner(denoiser, bank, schedule, host.tau_reader, resident=resident, size=host.input_size)
+    remember_bank(denoiser, bank)
     if listed is not None:
         target.scheduler = listed
     return pruner
