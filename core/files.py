@@ -25,6 +25,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def replaceable(folder: Path, marker: str) -> bool:
+    """Whether a folder may be written here: here is nothing, an empty folder, or one that holds the file `marker`."""
+    if not folder.exists() or (folder / marker).is_file():
+        return True
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; put it in `path`'s place if the block succeeds.

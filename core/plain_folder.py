@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StagePruneError
-from .files import atomic_folder
+from .files import atomic_folder, replaceable
 
 RECORD = "stageprune-static.json"
+
+
+def check_plain_folder(folder: str | Path) -> Path:
+    """The folder, if a plain model may be written there: StagePruneError if something else is. Costs nothing, so ask
+    first.
+    """
+    target = Path(folder)
+    if not replaceable(target, RECORD):
+        raise StagePruneError(
+            f"{target} exists and was not written by stageprune; it is not overwritten. Name another."
+        )
+    return target
 
 
 def save_plain(folder: str | Path, write: Callable[..., Any], record: Mapping[str, Any]) -> Path:
@@ -24,11 +36,7 @@ def save_plain(folder: str | Path, write: Callable[..., Any], record: Mapping[st
     Raises:
         StagePruneError: the folder holds something else.
     """
-    target = Path(folder)
-    if target.exists() and not (target / RECORD).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise StagePruneError(
-            f"{target} exists and was not written by stageprune; it is not overwritten. Name another."
-        )
+    target = check_plain_folder(folder)
     with atomic_folder(target) as temporary:
         write(temporary, safe_serialization=True)
         (temporary / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", "utf-8")

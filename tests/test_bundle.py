@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
+import stageprune
+import zoo
 from stageprune import Bundle, StageSchedule, disable_stage_pruning, enable_stage_pruning, load_bundle
 from stageprune.core.bundle import FORMAT_VERSION, MANIFEST
 from stageprune.core.bundle import bundle as bundle_module
@@ -64,6 +67,18 @@ def test_the_folder_holds_neither_pickle_nor_paths_of_this_machine(bundle, tmp_p
     data = json.loads(text)
     assert data["format_version"] == FORMAT_VERSION and data["denoiser"] == "DiTTransformer2DModel"
     assert data["provenance"]["calibration"]["steps"] == 5
+
+
+def test_a_sampler_with_an_infinite_limit_is_told_as_text(tmp_path):
+    """DPM-Solver++ has one among its defaults, and JSON has no infinity."""
+    pipe = zoo.make_pipeline("sd15")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    calibration = stageprune.calibrate(pipe, zoo.PROMPTS, steps=3)
+    calibration.save(tmp_path / "calibration.safetensors")
+    loaded = stageprune.Calibration.load(tmp_path / "calibration.safetensors")
+    bank = stageprune.prune(pipe, loaded, levels=[0, 0.3], layer_allocation="uniform", multiple=8)
+    again = Bundle.load(Bundle(bank).save(tmp_path / "bundle"))
+    assert again.bank.provenance["calibration"]["scheduler_config"]["lambda_min_clipped"] == "-inf"
 
 
 def test_a_bank_alone_can_be_saved(pipe, bank, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,25 @@ def test_group_that_points_elsewhere(pipe, folder, change):
 def test_consumer_that_points_elsewhere(pipe, folder):
     edit(folder, lambda data: data["groups"][0]["consumers"][0].update(path="proj_out_2"))
     refused(pipe, folder, "`consumers` must name exactly the groups' consumers", MANIFEST)
+
+
+@pytest.mark.parametrize("bank", ["stage-stage"], indirect=True)
+def test_a_promise_of_millions_of_tensors_is_not_followed(folder):
+    """Levels times stages times consumers: a product that costs a manifest nothing."""
+
+    def promise(data):
+        count = 500
+        data.update(
+            sparsities=[index / count for index in range(count)],
+            edges=[1 - index / count for index in range(count + 1)],
+            kept={name: [counts[0]] * count for name, counts in data["kept"].items()},
+        )
+
+    edit(folder, promise)
+    started = time.process_time()
+    with pytest.raises(BundleError, match=r"tensor `consumer\..* is missing"):
+        Bundle.load(folder)
+    assert time.process_time() - started < 0.5
 
 
 def test_a_good_bundle_after_a_bad_one(pipe, folder, bundle, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BundleError, ScheduleError
-from ..files import atomic_folder
+from ..files import atomic_folder, replaceable
 from ..groups import Group, consumer_sites
 from ..pruning import Bank, Consumer, ConsumerKey
 from ..schedule import StageSchedule
@@ -58,9 +60,7 @@ class Bundle:
             path: the folder.
             only_used: leave out levels that the schedule does not use (a smaller bundle that runs this schedule only).
         """
-        target = Path(path)
-        if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise BundleError(f"{target} exists and is not a bundle; it is not overwritten. Name another folder.")
+        target = check_bundle_folder(path)
         bundle = self.trimmed() if only_used else self
         with atomic_folder(target) as folder:
             save_file(bundle._tensors(), folder / TENSORS, metadata={"format": "pt"})
@@ -140,6 +140,14 @@ class Bundle:
         return tensors
 
 
+def check_bundle_folder(path: str | Path) -> Path:
+    """The folder, if a bundle may be written there: BundleError if something else is. Costs nothing, so ask first."""
+    target = Path(path)
+    if not replaceable(target, MANIFEST):
+        raise BundleError(f"{target} exists and is not a bundle; it is not overwritten. Name another folder.")
+    return target
+
+
 def _name(key: ConsumerKey, part: str) -> str:
     return f"consumer.{key.path}.level{key.level}.stage{key.stage}.{part}"
 
@@ -185,18 +193,7 @@ def _bank(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Bank:
     stages = len(manifest.edges) - 1
     order_stages = stages if manifest.order_sharing == "stage" else 1
     consumer_stages = stages if "stage" in (manifest.order_sharing, manifest.consumer_sharing) else 1
-    keys = [
-        ConsumerKey(consumer, level, stage)
-        for consumer in manifest.consumers
-        for level in range(1, len(manifest.sparsities))
-        for stage in range(consumer_stages)
-    ]
-    expected = {f"order.{group.name}" for group in manifest.groups}
-    expected |= {_name(key, part) for key in keys for part in ("weight", "bias")}
-    if set(tensors) != expected:
-        missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        what = f"tensor `{missing[0]}` is missing" if missing else f"tensor `{extra[0]}` is unknown to the manifest"
-        raise BundleError(f"{path}: {what}.")
+    keys = _keys_in(tensors, manifest, consumer_stages, path)
     orders = {g.name: _order(tensors[f"order.{g.name}"], g, order_stages, manifest, path) for g in manifest.groups}
     consumers = {}
     for key in keys:
@@ -219,6 +216,29 @@ def _bank(manifest: Manifest, tensors: dict[str, Tensor], path: Path) -> Bank:
         provenance=manifest.provenance,
         consumer_shapes=manifest.consumers,
     )
+
+
+def _keys_in(tensors: Collection[str], manifest: Manifest, stages: int, path: Path) -> list[ConsumerKey]:
+    """The keys of the consumers. BundleError unless the file holds all tensors that the manifest promises and no other.
+
+    A small manifest can promise any number of them, so the first one that is missing ends it.
+    """
+    keys, unknown = [], set(tensors)
+
+    def take(name: str) -> None:
+        if name not in unknown:
+            raise BundleError(f"{path}: tensor `{name}` is missing.")
+        unknown.remove(name)
+
+    for group in manifest.groups:
+        take(f"order.{group.name}")
+    for place in product(manifest.consumers, range(1, len(manifest.sparsities)), range(stages)):
+        keys.append(ConsumerKey(*place))
+        for part in ("weight", "bias"):
+            take(_name(keys[-1], part))
+    if unknown:
+        raise BundleError(f"{path}: tensor `{min(unknown)}` is unknown to the manifest.")
+    return keys
 
 
 def _order(tensor: Tensor, group: Group, stages: int, manifest: Manifest, path: Path) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -55,18 +56,19 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The file's text. BundleError if a number in it is not finite, which could not be read again."""
+        """The file's text. BundleError if a number outside the provenance is not finite: it could not be read again."""
         data = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **asdict(self),
             "fingerprint": self.fingerprint.to_dict(),
             "schedule": self.schedule.to_dict() if self.schedule else None,
+            "provenance": _told(self.provenance),
         }
         try:
             return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
         except ValueError as error:
-            raise BundleError(f"{MANIFEST}: its provenance or schedule holds a number that is not finite.") from error
+            raise BundleError(f"{MANIFEST}: a share or an edge is not a finite number.") from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -242,6 +244,15 @@ def _consumers(reader: _Reader, groups: tuple[Group, ...]) -> dict[str, tuple[in
 def _schedule(reader: _Reader) -> StageSchedule | None:
     data = reader.get("schedule", (dict, type(None)))
     return None if data is None else _try(reader, "schedule", lambda: StageSchedule.from_dict(data))
+
+
+def _told(value: Any) -> Any:
+    """Provenance with numbers that JSON lacks as text: some samplers have an infinite limit among their settings."""
+    if isinstance(value, Mapping):
+        return {key: _told(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _provenance(reader: _Reader) -> dict[str, Any]:
