@@ -109,6 +109,19 @@ def test_dtype_change(pipe, bank, way, dtype):
     assert same_state(state_of(pipe.transformer), expected)
 
 
+def test_a_bank_of_another_dtype_is_held_in_the_layers_own(pipe, bank):
+    """A float32 bank on a bfloat16 pipeline would take twice the host memory, and twice the traffic of a switch."""
+    pipe.to(torch.bfloat16)
+    way = {"schedule": SCHEDULE, "resident": "active"}
+    assert {consumer.weight.dtype for consumer in bank.consumers.values()} == {torch.float32}
+    expected = plain(pipe, bank, way)
+    attach(pipe, bank, way)
+    layers = [module for module in pipe.transformer.modules() if isinstance(module, roles.OffloadedColumns)]
+    waiting = [tensor for layer in layers for pair in layer.stage_held for tensor in pair if tensor is not None]
+    assert layers and {tensor.dtype for tensor in waiting} == {torch.bfloat16}
+    assert torch.equal(latents(pipe), expected)
+
+
 def test_deepcopy_is_independent(pipe, bank, way):
     state, expected = state_of(pipe.transformer), plain(pipe, bank, way)
     attach(pipe, bank, way)

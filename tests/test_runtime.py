@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stageprune import StageSchedule, disable_stage_pruning, enable_stage_pruning, is_stage_pruning_enabled
 from stageprune.core.bundle import Bundle
@@ -254,6 +255,35 @@ def test_guidance_off(pipe, bank):
     enable_stage_pruning(pipe, Bundle(bank, SCHEDULE))
     assert relative(latents(pipe, guidance=1.0), dense) > TOLERANCE
     assert torch.equal(DiffusersHost(pipe).decode(latents(pipe, guidance=1.0)), images(pipe, guidance=1.0))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied to another device or dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bank", ["stage-stage"], indirect=True)
+def test_switching_again_uploads_nothing(pipe, bundle):
+    """The meta device stands in for one that is not the CPU."""
+    enable_stage_pruning(pipe, bundle)
+    denoiser, running = pipe.transformer, pruner_of(pipe.transformer)
+    denoiser.to("meta")
+    for expected in (True, False):
+        with Copies() as copies:
+            for stage in range(5):
+                running.switch(stage)
+        assert (copies.count > 0) == expected
+    denoiser.to_empty(device="cpu")
+    for parameter in denoiser.parameters():
+        torch.nn.init.uniform_(parameter)
+    running.switch(2)
+    gathers = [(layer, rows[running._active]) for layer, rows in running._gathers]
+    assert gathers and all(torch.equal(layer.stage_weight[: len(rows)], layer.weight[rows]) for layer, rows in gathers)
 
 
 def test_pipelines_that_share_a_denoiser(pipe, bundle):

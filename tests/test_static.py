@@ -232,6 +232,34 @@ def test_a_copy_of_the_applied_denoiser_is_a_model_of_its_own(static, whole):
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dense_model_comes_back_in_the_dtype_that_the_denoiser_has_by_then(static, dtype):
+    pipe = make_pipe()
+    expected = state_of(copy.deepcopy(pipe.transformer).to(dtype))
+    with static.apply(pipe):
+        pipe.to(dtype)
+    found = state_of(pipe.transformer)
+    assert {tensor.dtype for tensor in found.values()} == {dtype} and same_state(expected, found)
+    assert images(pipe).isfinite().all()
+
+
+def test_unmoved_the_dense_model_comes_back_without_a_copy(static):
+    pipe = make_pipe()
+    before = {name: (id(p), p.data_ptr()) for name, p in pipe.transformer.named_parameters()}
+    with static.apply(pipe):
+        pipe.transformer.to("cpu", torch.float32)
+    assert before == {name: (id(p), p.data_ptr()) for name, p in pipe.transformer.named_parameters()}
+
+
+def test_the_dense_weights_outlive_the_meta_device(static):
+    """It has no values: offloading by hooks takes weights there."""
+    pipe = make_pipe()
+    dense = layer_at(pipe.transformer, DOWN).weight.detach().clone()
+    with static.apply(pipe):
+        pipe.transformer.to("meta")
+    assert torch.equal(layer_at(pipe.transformer, DOWN).weight, dense)
+
+
 def test_compiled_pipelines(static):
     pipe = make_pipe()
     with static.apply(pipe):

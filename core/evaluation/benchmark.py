@@ -17,7 +17,7 @@ from ..environment import device_name
 from ..groups import family_of
 from ..host import InputSize, TauReader
 from ..pruning import Bank
-from ..runtime import StagePruner, resident_bytes
+from ..runtime import StagePruner, resident_bytes, uniform_on
 from ..schedule import StageSchedule
 
 
@@ -27,7 +27,7 @@ class LevelTiming:
 
     Args:
         sparsity: the level.
-        milliseconds: median time of a forward.
+        milliseconds: median time of a forward, in the noisiest stage of a bank that distinguishes stages.
         speedup: median over rounds of dense time / this level's time in the same round.
         ideal: dense MACs / this level's MACs.
         efficiency: speedup / ideal.
@@ -119,8 +119,8 @@ def benchmark(
     inputs = family_of(denoiser).example_inputs(denoiser, batch=batch, size=size)
     dense_bytes = resident_bytes(denoiser)
     alone = {sparsity: _bytes_alone(denoiser, bank, read_tau, sparsity) for sparsity in chosen}
-    variants = [(bank.level_of(sparsity), 0) for sparsity in chosen]
-    pruner = StagePruner(denoiser, bank, StageSchedule.uniform(0.0), read_tau, variants, size=size)
+    variants = [(bank.level_of(sparsity), stage) for sparsity in chosen for stage in range(bank.stages)]
+    pruner = StagePruner(denoiser, bank, uniform_on(bank, 0.0), read_tau, variants, size=size)
     try:
         all_bytes = resident_bytes(denoiser)
         macs = bank.macs(pruner.cost)
@@ -128,7 +128,7 @@ def benchmark(
         with progress.bar((rounds + warmup) * len(chosen), "timing forwards", "forward") as bar:
             for index in range(rounds + warmup):
                 for sparsity in chosen:
-                    pruner.schedule = StageSchedule.uniform(sparsity)
+                    pruner.schedule = uniform_on(bank, sparsity)
                     pruner.switch(0)
                     seconds = timed(lambda: denoiser(**inputs), denoiser)
                     if index >= warmup:
@@ -169,7 +169,7 @@ def environment(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def _bytes_alone(denoiser: nn.Module, bank: Bank, read_tau: TauReader, sparsity: float) -> int:
-    pruner = StagePruner(denoiser, bank, StageSchedule.uniform(sparsity), read_tau, trim=True)
+    pruner = StagePruner(denoiser, bank, uniform_on(bank, sparsity), read_tau, trim=True)
     try:
         return resident_bytes(denoiser)
     finally:
@@ -177,8 +177,10 @@ def _bytes_alone(denoiser: nn.Module, bank: Bank, read_tau: TauReader, sparsity:
 
 
 def _switch_seconds(pruner: StagePruner, sparsity: float, denoiser: nn.Module, repeats: int = 50) -> float:
-    """Median time of one switch, dense to `sparsity` and back."""
-    pruner.schedule = StageSchedule.from_levels([0.0, sparsity])
+    """Median time of one switch, dense to `sparsity` and back, within the noisiest of the bank's stages."""
+    stages, edges = pruner.bank.stages, pruner.bank.edges
+    boundaries = [(1 + edges[1]) / 2, *edges[1:-1]]
+    pruner.schedule = StageSchedule.from_levels([0.0, *[sparsity] * stages], boundaries)
     times = []
     for index in range(2 * repeats):
         times.append(timed(lambda stage=index % 2: pruner.switch(stage), denoiser))  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Running a schedule on a denoiser: staged layers, the switch, and what it reports."""
 
-from .applied import applied
+from .applied import applied, uniform_on
 from .memory import resident_bytes
 from .pruner import Resident, StagePruner, known_bank, pruner_of, remember_bank
 from .summary import StageSummary, summarise
@@ -15,4 +15,5 @@ __all__ = [
     "remember_bank",
     "resident_bytes",
     "summarise",
+    "uniform_on",
 ]

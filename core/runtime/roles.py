@@ -9,20 +9,20 @@ GroupNorm. A switch sets integers; the forward reads them. All added tensors are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import StagePruneError
+from .swapped import Swapped
 
 
-class StagedLayer(nn.Module):
+class StagedLayer(Swapped):
     """What the roles have in common: state dictionaries that show the dense weights, and a way back to what it was."""
 
     weight: Any  # a Parameter; torch's own classes disagree on how to say so
     bias: Any  # a Parameter or None
-    stage_base: ClassVar[type[nn.Module]]  # what it was
     stage_names: tuple[str, ...]  # what the swap added, so that restoring removes exactly that
     # Host memory, so plain attributes rather than buffers: `.to()` must not move them.
     stage_host: dict[str, Tensor]  # whole parameters in host memory while trimmed
@@ -54,7 +54,7 @@ class StagedLayer(nn.Module):
         for name in self.stage_names:
             delattr(self, name)
         del self.stage_names, self.stage_host
-        self.__class__ = self.stage_base  # type: ignore[assignment]
+        self.swap_back()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -115,6 +115,7 @@ class GatheredRows(RowsInOrder):
     """
 
     stage_rows: int  # 0 while dense
+    stage_indices: dict[Tensor, Tensor]  # rows, told apart by identity -> the same on the weight's device
     stage_weight: Tensor
     stage_bias: Tensor | None
 
@@ -127,13 +128,22 @@ class GatheredRows(RowsInOrder):
 
     @torch.no_grad()
     def gather(self, rows: Tensor | None) -> None:
-        """Copy these rows into the buffer; nothing is allocated. None, for dense, needs no copy."""
+        """Copy these rows into the buffer; nothing is allocated, but for their index the first time. None, for dense,
+        needs no copy.
+        """
         if rows is None:
             return
-        rows = rows.to(self.weight.device)
-        torch.index_select(self.weight.detach(), 0, rows, out=self.stage_weight[: len(rows)])
+        index = self._index(rows)
+        torch.index_select(self.weight.detach(), 0, index, out=self.stage_weight[: len(index)])
         if self.stage_bias is not None:
-            torch.index_select(self.bias.detach(), 0, rows, out=self.stage_bias[: len(rows)])
+            torch.index_select(self.bias.detach(), 0, index, out=self.stage_bias[: len(index)])
+
+    def _index(self, rows: Tensor) -> Tensor:
+        """These rows on the weight's device: put there the first time, and again when the weight has moved."""
+        index = self.stage_indices.get(rows)
+        if index is None or index.device != self.weight.device:
+            index = self.stage_indices[rows] = rows.to(self.weight.device)
+        return index
 
 
 class OffloadedRows(RowsInOrder):

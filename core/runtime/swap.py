@@ -15,6 +15,7 @@ from ..groups.layer import Layer, inputs_of
 from ..pruning import Consumer
 from .roles import GatheredRows, LevelColumns, OffloadedColumns, OffloadedRows, PrefixRows, StagedLayer
 from .staged import staged_class
+from .swapped import swap_class
 
 S = TypeVar("S", bound=StagedLayer)
 
@@ -50,8 +51,8 @@ def to_gathered(layer: Producer, most_rows: int, order: Tensor | None) -> Gather
         _permute_rows(layer, order)
     staged = _swap(layer, GatheredRows, buffers)
     staged.stage_order = None if order is None else order.cpu()
-    staged.stage_rows = 0
-    staged.stage_names = ("stage_weight", "stage_bias", "stage_order", "stage_rows")
+    staged.stage_rows, staged.stage_indices = 0, {}
+    staged.stage_names = ("stage_weight", "stage_bias", "stage_order", "stage_rows", "stage_indices")
     return staged
 
 
@@ -99,7 +100,9 @@ def to_levels(layer: Layer, variants: Sequence[Consumer], order: Tensor | None) 
 @torch.no_grad()
 def to_offloaded(layer: Layer, variants: Sequence[Consumer], order: Tensor | None) -> OffloadedColumns:
     """As `to_levels`, with only the active variant on the device; `load` must choose one before the layer runs."""
-    held = [(_host(consumer.weight, layer), _host(consumer.bias, layer)) for consumer in variants]
+    # In the layer's dtype: in the bank's they could take twice the memory, and twice the time at every switch.
+    dtype = layer.weight.dtype
+    held = [(_host(made.weight.to(dtype), layer), _host(made.bias.to(dtype), layer)) for made in variants]
     columns = torch.arange(inputs_of(layer)) if order is None else order
     dense = _host(layer.weight[:, columns.to(layer.weight.device)], layer)
     empty = layer.weight.new_empty(len(layer.weight), 0, *layer.weight.shape[2:])
@@ -113,7 +116,7 @@ def to_offloaded(layer: Layer, variants: Sequence[Consumer], order: Tensor | Non
 
 
 def _swap(layer: Producer, role: type[S], buffers: Mapping[str, Tensor | None]) -> S:
-    layer.__class__ = staged_class(role, layer)  # type: ignore[assignment]
+    swap_class(layer, staged_class(role, layer))
     staged: S = layer  # type: ignore[assignment]
     staged.stage_host = {}
     for name, buffer in buffers.items():

@@ -62,8 +62,11 @@ class Applied:
         denoiser.__dict__[_APPLIED] = self
 
     def restore(self) -> None:
-        """Give the dense model back: the very Parameters that were there before. Does nothing the second time."""
+        """Give the dense model back: the very Parameters that were there before, with the dtype and on the device that
+        the denoiser has by now. Does nothing the second time.
+        """
         for module, name, parameter in self._dense:
+            _follow(parameter, getattr(module, name))
             setattr(module, name, parameter)
         self._dense = []
         if self.denoiser.__dict__.get(_APPLIED) is self:
@@ -113,6 +116,14 @@ class Applied:
             lines.append(f"  {choice.path}: zeros {self.model.realised(choice.path):.4f}, {how}, {choice.why}")
         lines += [f"  {path}: dense, no zeros, {why}" for path, why in self.model.left.items()]
         return "\n".join(lines)
+
+
+def _follow(parameter: nn.Parameter, running: nn.Parameter) -> None:
+    """Bring a Parameter that no module holds to where the one in its place has been taken, unchanged if nowhere: the
+    denoiser's `.to()` did not reach it. The meta device has no values, so there it stays what it is.
+    """
+    if not running.is_meta:
+        parameter.data = parameter.data.to(running.device, running.dtype)
 
 
 def _choices(model: StaticModel, denoiser: nn.Module, kernels: Kernels, backend: Backend) -> list[KernelChoice]:
