@@ -15,7 +15,7 @@ from .calibration import Alpha, Calibration, Layers
 from .distributed import processes_here
 from .errors import StagePruneError
 from .evaluation import Judge
-from .host import Host, Prompt
+from .host import Host, Prompt, check_prompts
 from .hosts.diffusers import DiffusersHost, Size
 from .planning import ErrorTable, Fitness, JumpTable, MosaicSettings, Stages
 from .planning.fitness import Measure
@@ -350,6 +350,7 @@ def evaluate(
     Example:
         >>> stageprune.evaluate(pipe, "out/bundle", judge="demo/dit-digits/judge").save("out/report")
     """
+    check_prompts(prompts)
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     return _evaluation.evaluate(
         host_at(pipe, size, loaded.bank),

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .errors import StagePruneError
+
 Prompt = int | str
 """A text, or a class label for class-conditional models."""
 
@@ -153,6 +155,16 @@ class Host(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Provenance in plain JSON values: model, component, sampler and its configuration."""
+
+
+def check_prompts(prompts: Sequence[Prompt] | None) -> None:
+    """Refuse a single text, which as a sequence is one of letters. Whoever takes prompts from a user calls this first.
+
+    Raises:
+        StagePruneError: it is one text.
+    """
+    if isinstance(prompts, str):
+        raise StagePruneError(f"`prompts` must be a list of texts or class labels, got one str; give [{prompts!r}].")
 
 
 @torch.no_grad()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
+import diffusers
 import pytest
 
 import stageprune
@@ -148,3 +151,47 @@ def test_compared_by_any_fitness(dit, bank):
         assert mine.schedule == theirs.schedule and mine.error**0.5 >= theirs.error > 0 < theirs.standard_error
     with pytest.raises(AllocationError, match="fitness 'accuracy' needs a `judge`"):
         stageprune.compare(dit, bank, fitness="accuracy", **ways)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (diffusers.HeunDiscreteScheduler(), 5),  # 9 of 19 calls
+        (diffusers.PNDMScheduler(skip_prk_steps=True), 4),  # 5 of 11
+        (diffusers.PNDMScheduler(), None),  # its first four steps make 13 of 19
+        (diffusers.DDIMScheduler(), 5),
+    ],
+    ids=["heun", "plms", "pndm", "ddim"],
+)
+def test_fewer_steps_keep_the_budget_of_calls(bank, scheduler, steps, caplog):
+    pipe, calls = make_pipe(), []
+    pipe.scheduler = scheduler
+    host = DiffusersHost(pipe)
+    full = len(host.taus(10))
+    options = {**CALL, "steps": 10, "targets": [0.5], "strategies": [FEWER_STEPS, "uniform"], "prompts": [1]}
+    found = {point.strategy: point for point in stageprune.compare(pipe, bank, **options).points}
+    if steps is None:
+        assert list(found) == ["uniform"] and "the sampler cannot make 3 `steps`" in caplog.text
+        return
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    sample(host, host.encode([1]), [0], found[FEWER_STEPS].steps, 1.5)
+    assert found[FEWER_STEPS].steps == steps and found[FEWER_STEPS].spent == len(calls) / full <= 0.5
+    assert len(host.taus(steps + 1)) > full / 2, "no more would fit"
+
+
+def test_what_is_not_finite_is_never_the_best(comparison):
+    first, *others = (point for point in comparison.points if point.target == 0.5)
+    broken = replace(first, error=math.nan, standard_error=math.nan)
+    some = replace(comparison, points=(broken, *others))
+    assert some.best(0.5).error == min(point.error for point in others) and not some.is_best(broken)
+    lines = str(some).splitlines()[2:]
+    assert [line for line in lines if "not finite" in line] == lines[:1] and "best" not in lines[0]
+    none = replace(comparison, points=(broken,))
+    assert "not finite" in str(none) and "best" not in str(none)
+    with pytest.raises(KeyError):
+        none.best(0.5)
+
+
+def test_dense_samples_that_are_not_finite_are_refused(dit, bank):
+    with pytest.raises(AllocationError, match="bank is not to blame"):
+        stageprune.compare(dit, bank, **{**CALL, "guidance": 1e39, "strategies": [FEWER_STEPS, "uniform"]})

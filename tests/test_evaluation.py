@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -23,10 +24,13 @@ from stageprune.core.evaluation import (
     psnr,
     ssim,
 )
+from stageprune.core.evaluation.benchmark import benchmark
 from stageprune.core.evaluation.metrics import frechet_without_each, jackknife_error, standard_error
 from stageprune.core.evaluation.rows import COLUMNS
+from stageprune.core.evaluation.verdict import comparisons
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
+from support import broken as broken_bank
 from support import make_pipe, same_state, state_of
 
 STEPS = 6
@@ -374,6 +378,21 @@ def test_an_enabled_pipeline_is_refused(pipe, host, bundle):
         pipe.disable_stage_pruning()
 
 
+def test_the_benchmark_times_banks_that_distinguish_stages(pipe, host, banks, before):
+    """The consumers of all stages are resident, as they are when a schedule runs."""
+    timed = {
+        name: benchmark(pipe.transformer, each, host.tau_reader, sparsities=[0.5], batch=1, rounds=1, warmup=0)
+        for name, each in banks.items()
+    }
+    for found in timed.values():
+        assert [row.sparsity for row in found.levels] == [0.0, 0.5] and found.switch_milliseconds > 0
+        assert found.levels[1].macs < found.levels[0].macs and found.levels[1].bytes < found.all_bytes
+    shared, stage = timed["shared-shared"], timed["shared-stage"]
+    added = [found.all_bytes - found.dense_bytes for found in (shared, stage)]
+    assert added[1] == 5 * added[0], "of each of the five stages"
+    assert same_state(before, state_of(pipe.transformer))
+
+
 def test_a_missing_library_is_named_with_its_remedy(host, bundle, monkeypatch):
     real = builtins.__import__
 
@@ -393,5 +412,47 @@ def test_load_judge(tmp_path, judge):
     loaded = load_judge(tmp_path)
     assert loaded is not None and loaded.labels == [1, 2, 3] and not loaded.training
     (tmp_path / "judge" / "config.json").unlink()
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(StagePruneError, match="missing"):
         load_judge(tmp_path)
+
+
+def test_no_prompts_are_refused(host, bundle):
+    with pytest.raises(StagePruneError, match="`prompts` is empty: give at least one"):
+        evaluate(host, bundle, prompts=[], count=2)
+
+
+@pytest.fixture(scope="module")
+def broken_report(host, bundle, judge) -> Report:
+    """Of a schedule whose levels overflow."""
+    overflowing = stageprune.Bundle(broken_bank(bundle.bank), bundle.schedule)
+    return evaluate(host, overflowing, prompts=[1, 2, 3], count=3, seed=SEED, batch_size=2, judge=judge, grid=2)
+
+
+def test_what_is_not_finite_wins_nothing(broken_report):
+    names = {row.name for row in broken_report.rows if row.broken}
+    assert names == {"schedule", "uniform"} and broken_report.row("schedule").broken == 3
+    assert math.isnan(broken_report.row("schedule").latent_mse)
+    quality = [column for column in COLUMNS if column.better and column.key != "time_ratio"]
+    for column in quality:
+        best = column.best(broken_report.rows)
+        assert column.key == "accuracy" or (best and not names & set(best))
+    assert broken_report.row("schedule").accuracy == broken_report.row("uniform").accuracy == 0
+
+
+def test_a_report_says_what_is_not_finite(broken_report, report, tmp_path):
+    note = next(note for note in broken_report.notes if note.startswith("Samples that are not finite"))
+    assert "schedule (obs): 3 of 3" in note and "magnitude" not in note and "break the model" in note
+    assert "latent MSE not finite" in broken_report.verdict[0] and "nan" not in str(broken_report)
+    page = broken_report.save(tmp_path).read_text("utf-8")
+    assert note.split(":")[0] in page and "± nan" not in page
+    assert not any(row.broken for row in report.rows) and not any("not finite" in note for note in report.notes)
+
+
+def test_a_verdict_without_a_finite_rival(broken_report):
+    dense, ours, other = broken_report.row("dense"), broken_report.row("schedule"), broken_report.row("uniform")
+    assert "Latent MSE: no variant has a finite value." in comparisons([dense, ours, other])
+    ours = dataclasses.replace(ours, latent_mse=0.5)
+    only = "Latent MSE: the schedule is best with 5.00e-01; no other variant has a finite value."
+    assert only in comparisons([dense, ours, other])
+    overflowed = [dataclasses.replace(row, latent_mse=math.inf) for row in (ours, other)]
+    assert "Latent MSE: no variant has a finite value." in comparisons([dense, *overflowed])

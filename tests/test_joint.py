@@ -367,8 +367,15 @@ def test_what_it_refuses(dit, bank):
     greedy = stageprune.Fitness("greedy", lambda made, dense: made.latents.flatten(1).mean(1), probes=4)
     with pytest.raises(AllocationError, match="'greedy' needs at least 8 probe prompts"):
         allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=4, fitness=greedy)
-    with pytest.raises(AllocationError, match="not a single step fits"):
+    with pytest.raises(
+        AllocationError, match=r"allows 0\.20 dense calls, and the bank's highest level .* not a single"
+    ):
         allocate(host, bank, strategy="joint", prompts=PROMPTS, steps=2, target=0.1)
+    dense = (
+        r"macs:0\.8 of 1 `steps` allows 0\.80 dense calls, .* makes dense steps only, .* takes 1: .* or more `steps`"
+    )
+    with pytest.raises(AllocationError, match=dense):
+        allocate(host, bank, strategy="steps", prompts=PROMPTS, steps=1, target=0.8)
     with pytest.raises(SearchError, match="`init` lists 2 steps of its own"):
         listed = StageSchedule.uniform(0.3).with_taus([0.9, 0.4])
         stageprune.search(dit, bank, target=0.8, init=listed, prompts=PROMPTS, steps=4)
@@ -380,3 +387,19 @@ def test_what_it_refuses(dit, bank):
     heun.scheduler = HeunDiscreteScheduler()
     with pytest.raises(AllocationError, match="need a sampler with one call a step"):
         allocate(DiffusersHost(heun), bank, strategy="joint", prompts=PROMPTS, steps=4)
+
+
+def test_no_more_images_are_decoded_at_once_than_run_together(dit, bank, monkeypatch):
+    """Decoding takes more memory than denoising: whoever asks for small batches means it too."""
+    decoded, real = [], DiffusersHost.decode
+    monkeypatch.setattr(
+        DiffusersHost, "decode", lambda self, latents: decoded.append(len(latents)) or real(self, latents)
+    )
+    options = {"strategy": "joint", "target": 0.6, "prompts": PROMPTS, "steps": 2, "fitness": "image_mse"}
+    found = allocate(DiffusersHost(dit), bank, **options, batch_size=2)
+    assert max(decoded) == 2 and set(decoded) == {1, 2}, "three probes in batches of two"
+    decoded.clear()
+    whole = allocate(DiffusersHost(dit), bank, **options)
+    assert set(decoded) == {3}
+    for mine, theirs in zip(found.candidates, whole.candidates, strict=False):
+        assert mine.measured == pytest.approx(theirs.measured, rel=0.01)

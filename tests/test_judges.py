@@ -98,12 +98,49 @@ def test_round_trip(kind, tmp_path):
 
 def test_files_of_another_kind(tmp_path):
     SceneChecker(width=8).save(tmp_path)
-    with pytest.raises(ValueError, match="holds a judge of kind 'scenes', not a ClassJudge"):
+    with pytest.raises(StagePruneError, match="holds a judge of kind 'scenes', not a ClassJudge; give the folder of"):
         ClassJudge.load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "oracle"}))
-    with pytest.raises(ValueError, match="`kind` must be one of classes, scenes, got 'oracle'"):
+    with pytest.raises(StagePruneError, match="`kind` must be one of classes, scenes, got 'oracle'; give a judge's"):
         Judge.load(tmp_path)
+    for text, message in (
+        (json.dumps({**config, "kind": []}), r"`kind` must be .* got \[\]"),
+        (json.dumps({**config, "extra": 1}), "must hold the keys"),
+        (json.dumps({**config, "num_features": 3}), "num_features must be 32"),
+        (json.dumps({**config, "width": "wide"}), "does not describe a judge"),
+        (json.dumps({**config, "width": 16}), "where the judge needs"),
+        ("{", "not readable JSON"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(StagePruneError, match=rf"{tmp_path}.*{message}.*; give a judge's folder, restore it"):
+            Judge.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(StagePruneError, match="is not a readable safetensors file"):
+        Judge.load(tmp_path)
+    with pytest.raises(StagePruneError, match=r"nowhere/config\.json is missing; give a judge's folder"):
+        Judge.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", list(JUDGES))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_image_shows_nothing(kind, value, monkeypatch):
+    """Not even if only a corner is no image; the others count as before."""
+    judge, images = JUDGES[kind]().eval(), torch.rand(4, 3, 64, 64)
+    if kind == "scenes":
+        monkeypatch.setattr(SceneChecker, "find", lambda self, images: [[RED] for _ in images])
+        wanted = ["a red circle"] * 4
+    else:
+        first = [judge.hits(images[i : i + 1], [1]).item() for i in range(4)]
+        wanted = [1 if right else 5 for right in first]
+    assert judge.hits(images, wanted).tolist() == [True] * 4
+    images[1] = value
+    images[2, :, 0, 0] = value
+    if kind == "classes":
+        wanted[1] = wanted[2] = judge.labels[0]
+    hits = judge.hits(images, wanted)
+    assert hits.dtype == torch.bool and hits.tolist() == [True, False, False, True]
 
 
 def test_prompts_that_a_judge_does_not_know():

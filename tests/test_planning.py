@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import stageprune
 from stageprune import StageSchedule
 from stageprune.core.calibration import calibrate
-from stageprune.core.errors import AllocationError, ScheduleError
+from stageprune.core.errors import AllocationError, ScheduleError, StagePruneError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import Probes, allocate, best_levels, measure_error_table
 from stageprune.core.planning.allocate import TOLERANCE
@@ -22,7 +22,7 @@ from stageprune.core.planning.probes import stage_starts
 from stageprune.core.pruning import prune
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import executed_cost
-from support import GUIDANCE, inside, latents, make_pipe, same_state, state_of
+from support import GUIDANCE, broken, inside, latents, make_pipe, same_state, state_of
 
 SPARSITIES = (0.0, 0.2, 0.5, 0.7)
 PROMPTS = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -157,6 +157,8 @@ def test_stage_starts():
         ({"stages": 12, "steps": 10}, r"no step of a 10-step run falls in stage"),
         ({"stages": [0.99], "steps": 10, "prompts": PROMPTS[:3]}, "needs at least 4 probe prompts, got 3"),
         ({"stages": 0}, "`stages` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": -1, "strategy": "joint"}, "`batch_size` must be at least 1, got -1"),
     ],
 )
 def test_refused_and_restored(host, fine_bank, arguments, message):
@@ -204,6 +206,33 @@ def test_a_level_that_breaks_the_model_is_never_chosen(host, fine_bank, monkeypa
         found = allocate(host, fine_bank, target=target, prompts=PROMPTS, steps=5)
         assert max(found.schedule.levels) < 0.6
         assert found.candidates[0].measured == found.candidates[0].measured, "not NaN"
+
+
+def test_a_bank_that_breaks_the_model_throughout_is_refused(fine_bank):
+    """Its consumers overflow: there is nothing to choose, and no schedule comes back with an error of NaN."""
+    host = DiffusersHost(make_pipe())
+    bank = broken(fine_bank)
+    for strategy in ("measured", "joint"):
+        with pytest.raises(AllocationError, match="samples are finite: the levels of this bank break the model"):
+            allocate(host, bank, target=0.45, strategy=strategy, prompts=PROMPTS, steps=2)
+
+
+@pytest.mark.parametrize("strategy", ["measured", "joint"])
+def test_dense_samples_that_are_not_finite_are_refused(host, fine_bank, strategy):
+    message = r"not finite \(\d of \d, with `guidance` 1e\+39 in float32\).* The bank is not to blame"
+    with pytest.raises(AllocationError, match=message):
+        allocate(host, fine_bank, target=0.6, strategy=strategy, prompts=PROMPTS, steps=4, guidance=1e39)
+
+
+@pytest.mark.parametrize("verb", ["allocate", "search", "compare", "evaluate"])
+def test_one_text_is_no_list_of_prompts(pipe, fine_bank, verb):
+    """It would be read letter by letter, and here each letter is a class."""
+    given = stageprune.Bundle(fine_bank, StageSchedule.uniform(0.5)) if verb == "evaluate" else fine_bank
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(StagePruneError, match=r"`prompts` must be a list of .* got one str; give \['12345678'\]"):
+        getattr(stageprune, verb)(pipe, given, prompts="12345678", steps=2)
+    assert not calls
 
 
 def test_allocate_through_the_public_function(pipe, fine_bank):

@@ -303,6 +303,15 @@ def test_a_level_that_breaks_the_model_is_never_chosen(dit, bank):
         find(dit, bank, fitness=Fitness("broken", lambda made, dense: made.latents.flatten(1).mean(1) * float("nan")))
 
 
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_dense_samples_that_are_not_finite_are_refused_at_once(dit, bank, memory, caplog, monkeypatch):
+    """Before any candidate is run, and without blaming the sampler, whose NaN equals no other."""
+    runs, settings = spied(monkeypatch), dataclasses.replace(FEW, memory=memory)
+    with pytest.raises(AllocationError, match=r"samples are not finite .*`guidance` 1e\+39 .*bank is not to blame"):
+        find(dit, bank, guidance=1e39, init="random", settings=settings)
+    assert not any(any(genome) for _, _, genome in runs) and "the same result twice" not in caplog.text
+
+
 def test_through_the_public_function(bank):
     pipe = make_pipe()
     state, structure = state_of(pipe.transformer), inside(pipe.transformer)

@@ -43,7 +43,7 @@ def load_judge(folder: str | Path) -> Judge | None:
         folder: a pipeline's folder.
 
     Raises:
-        ValueError: there is one, but a file of it is missing or damaged.
+        StagePruneError: there is one, but a file of it is missing or damaged.
 
     Example:
         >>> report = evaluate(host, bundle, judge=load_judge("demo/dit-digits"))

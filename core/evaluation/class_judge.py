@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import StagePruneError
 from ..host import Conditions, Prompt
-from .judge import Judge, register_judge
+from .judge import Judge, finite, register_judge
 
 
 def _conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -98,9 +98,9 @@ class ClassJudge(Judge):
 
     @torch.no_grad()
     def hits(self, images: Tensor, wanted: Sequence[Prompt]) -> Tensor:
-        """Whether the predicted class is the one asked for; an unknown class is wrong."""
+        """Whether the predicted class is the one asked for; an unknown class is wrong, and so is what is no image."""
         predicted = torch.tensor(self.labels)[self.logits(images.to(self.device)).argmax(dim=1).cpu()]
-        return predicted == torch.tensor([int(label) for label in wanted])
+        return (predicted == torch.tensor([int(label) for label in wanted])) & finite(images)
 
     def config(self) -> dict[str, Any]:
         """The arguments of `__init__`."""

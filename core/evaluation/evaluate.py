@@ -24,6 +24,7 @@ from .extras import require_report_extra
 from .judge import Judge
 from .metrics import mse
 from .report import Report
+from .rows import Row
 from .runs import Job, run_variants, warm_up
 from .scores import Pictures, score
 from .variants import FEWER_STEPS, SCHEDULE, Variant, make_variants
@@ -79,9 +80,9 @@ def evaluate(
         command: what made the report, to be printed in it.
 
     Raises:
-        StagePruneError: no schedule, no pruned level, an allocation of another schedule, a bundle of another model, a
-            prompt that the model or the judge does not know, or the extra `report` is missing. Nothing has been sampled
-            then.
+        StagePruneError: no schedule, no pruned level, no prompt, an allocation of another schedule, a bundle of another
+            model, a prompt that the model or the judge does not know, or the extra `report` is missing. Nothing has
+            been sampled then.
 
     Example:
         >>> report = evaluate(DiffusersHost(pipe), bundle, count=64, judge=load_judge("demo/dit-digits"))
@@ -92,6 +93,10 @@ def evaluate(
     made: Mapping[str, Any] = bundle.bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else bundle.planned_steps or 25
     guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
+    if prompts is not None and not len(prompts):
+        raise StagePruneError(
+            "`prompts` is empty: give at least one text or class label, or leave it out for those of the calibration."
+        )
     _check(host, bundle, allocation, search, count=count, batch_size=batch_size, steps=steps)
     prompts = prompts if prompts is not None else made.get("prompts") or host.default_prompts()
     prompts = [prompts[i % len(prompts)] for i in range(count)]
@@ -114,7 +119,7 @@ def evaluate(
         summary=summary,
         taus=tuple(bundle.schedule.taus or host.taus(steps)),  # type: ignore[union-attr]  # checked above
         environment=_environment(job, bundle, steps, judge),
-        notes=tuple(_notes(variants, judge, wanted is not None, count)),
+        notes=(*_broken(rows), *_notes(variants, judge, wanted is not None, count)),
         grid=_pictures(variants, labels, images, shown),
         worst=_pictures(variants, labels, images, worst),
         curve=error_curve(job, bundle, runs) if curve else (),
@@ -209,6 +214,18 @@ def _environment(job: Job, bundle: Bundle, steps: int, judge: Judge | None) -> d
 
 def _percent(value: float | None) -> str:
     return "an unknown share" if value is None else f"{value:.1%}"
+
+
+def _broken(rows: Sequence[Row]) -> list[str]:
+    """Which variants gave samples that are not finite, and what this does to the numbers."""
+    found = ", ".join(f"{row.description}: {row.broken} of {len(row.latent_errors)}" for row in rows if row.broken)
+    if not found:
+        return []
+    if rows[0].broken:
+        remedy = "Dense is among them, so paired metrics say nothing: check `guidance` and the pipeline's precision."
+    else:
+        remedy = "Their levels break the model: choose lower ones, or prune in float32 or bfloat16."
+    return [f"Samples that are not finite, which is never the best value and never accurate: {found}. {remedy}"]
 
 
 def _notes(variants: Sequence[Variant], judge: Judge | None, checked: bool, count: int) -> list[str]:

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import StagePruneError
 from ..host import Conditions, Prompt
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-_REPAIR = "restore the folder from the repository, or train a new judge with the script in `demo/`"
+_REPAIR = "give a judge's folder, restore it from the repository, or train a new judge with the script in `demo/`"
 _KINDS: dict[str, type[Judge]] = {}
 
 J = TypeVar("J", bound="type[Judge]")
@@ -75,7 +76,9 @@ class Judge(nn.Module, ABC):
 
     @abstractmethod
     def hits(self, images: Tensor, wanted: Sequence[Prompt]) -> Tensor:
-        """Whether each image shows what was asked for, shape (B,), bool, on the CPU."""
+        """Whether each image shows what was asked for, shape (B,), bool, on the CPU. One that is not `finite` does not,
+        whatever a network makes of it.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -113,18 +116,21 @@ class Judge(nn.Module, ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a judge of any kind that `save` wrote, in evaluation mode; a `ValueError` names the file at fault."""
+        """Read a judge of any kind that `save` wrote, in evaluation mode; StagePruneError names the file at fault."""
         folder = Path(folder)
         judge = _from_config(folder / CONFIG_NAME)
         if not isinstance(judge, cls):
-            raise ValueError(f"{folder} holds a judge of kind {judge.kind!r}, not a {cls.__name__}.")
+            raise StagePruneError(
+                f"{folder} holds a judge of kind {judge.kind!r}, not a {cls.__name__}; give the folder of one, or read "
+                "a judge of any kind with Judge.load."
+            )
         path = folder / WEIGHTS_NAME
         if not path.is_file():
-            raise ValueError(f"{path} is missing; {_REPAIR}")
+            raise StagePruneError(f"{path} is missing; {_REPAIR}")
         try:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); {_REPAIR}") from error
+            raise StagePruneError(f"{path} is not a readable safetensors file ({error}); {_REPAIR}") from error
         _check_state(path, state, judge.state_dict())
         judge.load_state_dict(state)
         return judge.eval().requires_grad_(False)
@@ -133,37 +139,42 @@ class Judge(nn.Module, ABC):
 def _from_config(path: Path) -> Judge:
     """An untrained judge as `config.json` describes it."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {_REPAIR}")
+        raise StagePruneError(f"{path} is missing; {_REPAIR}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); {_REPAIR}") from error
+        raise StagePruneError(f"{path} is not readable JSON ({error}); {_REPAIR}") from error
     kind = config.pop("kind", None) if isinstance(config, dict) else None
-    if kind not in _KINDS:
-        raise ValueError(f"{path}: `kind` must be one of {', '.join(sorted(_KINDS))}, got {kind!r}; {_REPAIR}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise StagePruneError(f"{path}: `kind` must be one of {', '.join(sorted(_KINDS))}, got {kind!r}; {_REPAIR}")
     cls = _KINDS[kind]
     expected = {*cls().config(), "num_features"}  # type: ignore[call-arg]
     if set(config) != expected:
-        raise ValueError(f"{path} must hold the keys {sorted(expected)}, found {sorted(config)}; {_REPAIR}")
+        raise StagePruneError(f"{path} must hold the keys {sorted(expected)}, found {sorted(config)}; {_REPAIR}")
     if config.pop("num_features") != cls.num_features:
-        raise ValueError(f"{path}: num_features must be {cls.num_features}; {_REPAIR}")
+        raise StagePruneError(f"{path}: num_features must be {cls.num_features}; {_REPAIR}")
     try:
         return cls(**config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not describe a judge ({error}); {_REPAIR}") from error
+        raise StagePruneError(f"{path} does not describe a judge ({error}); {_REPAIR}") from error
 
 
 def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Refuse tensors that the architecture does not have, lacks, or has in another shape, and non-finite ones."""
     if set(state) != set(expected):
         missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-        raise ValueError(f"{path} does not fit its {CONFIG_NAME}: missing {missing}, unknown {unknown}; {_REPAIR}")
+        raise StagePruneError(f"{path} does not fit its {CONFIG_NAME}: missing {missing}, unknown {unknown}; {_REPAIR}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             found, wanted = (tuple(tensor.shape), tensor.dtype), (tuple(expected[name].shape), expected[name].dtype)
-            raise ValueError(f"{path}: tensor {name!r} is {found} where the judge needs {wanted}; {_REPAIR}")
+            raise StagePruneError(f"{path}: tensor {name!r} is {found} where the judge needs {wanted}; {_REPAIR}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}: tensor {name!r} holds values that are not finite; {_REPAIR}")
+            raise StagePruneError(f"{path}: tensor {name!r} holds values that are not finite; {_REPAIR}")
+
+
+def finite(samples: Tensor) -> Tensor:
+    """Whether each of some images or latents holds finite values only, shape (B,), bool, on the CPU."""
+    return samples.flatten(1).isfinite().all(1).cpu()
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:

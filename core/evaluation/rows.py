@@ -30,6 +30,7 @@ class Row:
         time_ratio: denoising time over that of the dense run in the same round, median over rounds.
         time_range: least and greatest of those ratios.
         latent_errors: latent squared error of each sample.
+        broken: samples whose latents or images are not finite.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     time_ratio: float
     time_range: tuple[float, float]
     latent_errors: tuple[float, ...]
+    broken: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,41 @@ class Column:
         value = self.value(row)
         if value is None:
             return "–"
+        if math.isnan(value):
+            return "not finite"
         return "∞" if math.isinf(value) else self.show(value)
 
     def cell(self, row: Row) -> str:
         """The metric as text, with its standard error where one is known."""
         error: float | None = getattr(row, self.error) if self.error else None
-        return self.bare(row) + (f" ± {self.show(error)}" if error else "")
+        return self.bare(row) + (f" ± {self.show(error)}" if error and math.isfinite(error) else "")
 
     def best(self, rows: Sequence[Row]) -> list[str]:
-        """Names of the best of the rivals (all rows but dense); several if what is shown of them is equal."""
-        values = {row.name: value for row in rows if row.name != "dense" and (value := self.value(row)) is not None}
+        """Names of the best of the rivals (all rows but dense); several if what is shown of them is equal, none if no
+        value can be the best.
+        """
+        values = {
+            row.name: value
+            for row in rows
+            if row.name != "dense" and (value := self.value(row)) is not None and self._may_be_best(value)
+        }
         if self.better is None or not values:
             return []
         goal = min(values.values()) if self.better == "low" else max(values.values())
         return [name for name, value in values.items() if self.show(value) == self.show(goal)]
 
+    def _may_be_best(self, value: float) -> bool:
+        """Not NaN, which compares with nothing, nor the worst that there is, though all others be as bad. A PSNR may be
+        infinite.
+        """
+        worst = math.inf if self.better == "low" else -math.inf
+        return not math.isnan(value) and value != worst
+
 
 def scientific(value: float) -> str:
-    """Two digits after the point: `1.23e-03`; a plain 0 for an exact zero."""
+    """Two digits after the point: `1.23e-03`; a plain 0 for an exact zero, and words for NaN."""
+    if math.isnan(value):
+        return "not finite"
     return "0" if value == 0 else f"{value:.2e}"
 
 

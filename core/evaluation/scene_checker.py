@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..host import Conditions, Prompt
-from .judge import Judge, register_judge
+from .judge import Judge, finite, register_judge
 from .scene import COLOURS, SHAPES, SIZES, Scene, Thing
 
 CELL = 4
@@ -113,7 +113,8 @@ class SceneChecker(Judge):
         """Whether each image shows exactly what its caption asks for."""
         scenes = [Scene.parse(str(caption)) for caption in wanted]
         found = self.find(images.to(self.device))
-        return torch.tensor([shows(things, scene) for things, scene in zip(found, scenes, strict=True)])
+        right = [shows(things, scene) for things, scene in zip(found, scenes, strict=True)]
+        return torch.tensor(right, dtype=torch.bool) & finite(images)
 
     def config(self) -> dict[str, Any]:
         """The arguments of `__init__`."""

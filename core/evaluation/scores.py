@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import progress
 from ..host import Prompt
-from .judge import Judge
+from .judge import Judge, finite
 from .metrics import frechet, frechet_without_each, jackknife_error, mse, psnr, ssim, standard_error
 from .rows import Row
 from .runs import Job, Run
@@ -41,6 +41,7 @@ class _Scores:
     ssim: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     hits: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -73,6 +74,7 @@ def score(
 def _score_batch(
     table: _Scores, images: Tensor, dense: Tensor, judge: Judge | None, wanted: Sequence[Prompt] | None
 ) -> None:
+    table.finite.append(finite(images))
     table.image_mse.append(mse(images, dense))
     table.psnr.append(psnr(images, dense))
     table.ssim.append(ssim(images, dense))
@@ -109,4 +111,5 @@ def _row(run: Run, dense: Run, table: _Scores, judge: Judge | None) -> Row:
         time_ratio=statistics.median(ratios),
         time_range=(min(ratios), max(ratios)),
         latent_errors=tuple(errors.tolist()),
+        broken=int((~(torch.cat(table.finite) & finite(run.latents))).sum()),
     )

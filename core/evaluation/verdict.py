@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,8 @@ def _compare(column: Column, rows: Sequence[Row]) -> str:
     title = column.title[0].upper() + column.title[1:]
     ours, best = rows[1], column.best(rows)
     winners = [row for row in rows if row.name in best]
+    if not winners:
+        return f"{title}: no variant has a finite value."
     value = column.bare(winners[0])
     if len(winners) > 1:
         *others, last = (row.description for row in winners)
@@ -54,7 +57,9 @@ def _compare(column: Column, rows: Sequence[Row]) -> str:
     if winners[0] is ours:
         if not rivals:
             return f"{title}: {value}."
-        second = next(row for row in rivals if row.name in column.best(rivals))
+        second = next((row for row in rivals if row.name in column.best(rivals)), None)
+        if second is None:
+            return f"{title}: the schedule is best with {value}; no other variant has a finite value."
         next_best = f"{second.description} with {column.bare(second)}{_clearly(column, ours, second)}"
         return f"{title}: the schedule is best with {value}; next is {next_best}."
     how = _clearly(column, winners[0], ours)
@@ -62,7 +67,7 @@ def _compare(column: Column, rows: Sequence[Row]) -> str:
 
 
 def _clearly(column: Column, one: Row, other: Row) -> str:
-    """Whether a difference is more than its noise (two standard errors); nothing where the noise is not known."""
+    """Whether a difference is more than its noise (two standard errors); nothing where one of them is not known."""
     if column.key == "accuracy":
         images = round(abs((one.accuracy or 0.0) - (other.accuracy or 0.0)) * len(one.latent_errors))
         return f" (a difference of {images} of {len(one.latent_errors)} images)"
@@ -78,6 +83,8 @@ def _clearly(column: Column, one: Row, other: Row) -> str:
     first, second = column.value(one), column.value(other)
     assert first is not None and second is not None
     difference = abs(first - second)
+    if not (math.isfinite(difference) and math.isfinite(noise)):
+        return ""
     if difference <= 2 * noise:
         return f", but the difference is within the noise of {len(one.latent_errors)} samples"
     return f" (a difference of {difference / noise:.1f} standard errors)" if noise else ""

@@ -93,8 +93,8 @@ def allocate(
         judge: what the fitnesses `frechet` and `accuracy` ask.
 
     Raises:
-        AllocationError: no level is cheap enough, a stage is visited by no step, `table` was measured otherwise, or the
-            strategy takes no fitness.
+        AllocationError: no level is cheap enough, a stage is visited by no step, `table` was measured otherwise, the
+            strategy takes no fitness, or the samples that it would choose by are not finite.
         FitnessError: a fitness that cannot be computed.
         ScheduleError: boundaries or levels that make no schedule of this bank.
     """

@@ -123,6 +123,23 @@ def _point(runs: Runs, strategy: str, target: Target, choice: _Choice) -> Point:
     return Point(strategy, target.share, choice.spent, choice.steps, value, spread, choice.schedule)
 
 
+def _fewer_steps(sampling: Sampling, share: float) -> _Choice:
+    """As many dense steps as fit into a share of the calls, of which a solver may make more than steps (Heun: two).
+
+    Raises:
+        AllocationError: not one step fits, or the sampler cannot make as few as would.
+    """
+    full = len(sampling.taus)
+    for steps in range(sampling.steps, 0, -1):
+        try:
+            calls = len(sampling.host.taus(steps))
+        except ValueError as error:  # PNDM's Runge-Kutta start needs four
+            raise AllocationError(f"the sampler cannot make {steps} `steps` ({error}). Ask for more.") from error
+        if calls <= share * full + 1e-9:
+            return _Choice(None, steps, calls / full)
+    raise AllocationError(f"{share * full:.2f} dense calls do not pay for a single step. Ask for more.")
+
+
 class _Planner:
     """What each strategy chooses; tables are measured once.
 
@@ -140,10 +157,9 @@ class _Planner:
     def plan(self, target: Target, strategy: str) -> _Choice | None:
         """None if the strategy cannot meet the budget."""
         sampling = self.sampling
-        if strategy == FEWER_STEPS:
-            steps = int(target.share * len(sampling.taus) + 1e-9)
-            return _Choice(None, steps, steps / len(sampling.taus)) if steps else None
         try:
+            if strategy == FEWER_STEPS:
+                return _fewer_steps(sampling, target.share)
             found = self._allocate(target, strategy)
         except AllocationError as error:
             logger.warning("strategy %r at %s: %s", strategy, target, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class Point:
         strategy: its name.
         target: the budget's share of the dense cost.
         spent: cost over that of the dense run, in the target's unit.
-        steps: denoiser calls that it makes.
+        steps: sampling steps that it makes.
         error: the fitness against dense samples on a fine grid, on seeds that no strategy has seen.
         standard_error: of it, over seeds.
         schedule: what it chose; None is dense.
@@ -59,11 +60,15 @@ class Comparison:
     fitness: str = "latent_mse"
 
     def best(self, target: float) -> Point:
-        """The point of least error under a budget. KeyError if none was measured."""
-        points = [point for point in self.points if point.target == target]
+        """The point of least error under a budget. KeyError if none was measured that is a finite number."""
+        points = [point for point in self.points if point.target == target and math.isfinite(point.error)]
         if not points:
             raise KeyError(target)
         return min(points, key=lambda point: point.error)
+
+    def is_best(self, point: Point) -> bool:
+        """Whether it is the best of its budget, which has none if no error there is a finite number."""
+        return math.isfinite(point.error) and point is self.best(point.target)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -100,11 +105,10 @@ class Comparison:
             f"the {self.unit} of {self.steps} dense steps, which by themselves have {self.dense:.2e}",
             "  target  strategy       spent  steps      error",
         ]
-        best = {target: self.best(target) for target in {point.target for point in self.points}}
         for point in self.points:
-            mark = "  best" if point is best[point.target] else ""
+            mark = "  best" if self.is_best(point) else ""
+            error = f"{point.error:.2e} ± {point.standard_error:.0e}" if math.isfinite(point.error) else "not finite"
             lines.append(
-                f"  {point.target:>6.3f}  {point.strategy:<13}  {point.spent:.3f}  {point.steps:>5}  {point.error:.2e} "
-                f"± {point.standard_error:.0e}{mark}"
+                f"  {point.target:>6.3f}  {point.strategy:<13}  {point.spent:.3f}  {point.steps:>5}  {error}{mark}"
             )
         return "\n".join(lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import AllocationError
-from ..host import Host, Prompt
+from ..host import Host, Prompt, check_prompts
 from ..pruning import Bank
 from ..schedule import StageSchedule
 from .mosaic import MosaicSettings
@@ -32,13 +32,20 @@ def sampling_for(
     batch_size: int,
     mosaic: MosaicSettings | None,
 ) -> Sampling:
-    """What is sampled, as asked for or as the bank's calibration was. AllocationError if there are no steps."""
+    """What is sampled, as asked for or as the bank's calibration was.
+
+    Raises:
+        AllocationError: there are no steps, or no samples in a batch.
+        StagePruneError: `prompts` is one text.
+    """
+    check_prompts(prompts)
     made: Mapping[str, Any] = bank.provenance.get("calibration") or {}
     steps = steps if steps is not None else made.get("steps", 25)
     guidance = guidance if guidance is not None else made.get("guidance", host.default_guidance)
     prompts = list(prompts if prompts is not None else made.get("prompts", [])[:DEFAULT_PROBES])
-    if steps < 1:
-        raise AllocationError(f"`steps` must be at least 1, got {steps}.")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise AllocationError(f"`{name}` must be at least 1, got {value}.")
     return Sampling(host, prompts, steps, guidance, seed, batch_size, mosaic or MosaicSettings())
 
 

@@ -12,6 +12,7 @@ from ..errors import AllocationError
 from ..host import Conditions, Host, Prompt, SamplerState
 from ..runtime import StagePruner
 from ..schedule import StageSchedule
+from .sampling import check_dense
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Probes:
         batch_size: probes that run together.
 
     Raises:
-        AllocationError: the sampler visits some stage with no step.
+        AllocationError: the sampler visits some stage with no step, or the dense samples are not finite.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Probes:
         for start in self.starts:
             state = self.host.advance(state, conditions, self.guidance, start)
             states.append(state)
-        return _Batch(
-            conditions, tuple(states), self.host.advance(state, conditions, self.guidance, self.calls).latents
-        )
+        final = self.host.advance(state, conditions, self.guidance, self.calls).latents
+        check_dense(final, self.guidance)
+        return _Batch(conditions, tuple(states), final)
 
 
 def stage_starts(stages: StageSchedule, taus: Sequence[float], steps: int) -> list[int]:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 from ..errors import AllocationError
 from ..host import Host, Prompt, sample
 from .mosaic import MosaicSettings, grid, scores
@@ -47,6 +50,10 @@ class Sampling:
         """The same prompts with seeds of their own, another set for each `number` from 0 on."""
         return replace(self, seed=self.seed + (number + 1) * FRESH_APART)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of any number of samples, at most `batch_size` at once: decoders need more memory than denoisers."""
+        return torch.cat([self.host.decode(part) for part in torch.split(latents, self.batch_size)])
+
     @cached_property
     def taus(self) -> list[float]:
         """Noise level of each denoiser call."""
@@ -71,3 +78,22 @@ class Sampling:
                 "about this pipeline; give `MosaicSettings(mean_square=...)`."
             )
         return value
+
+
+def check_dense(latents: Tensor, guidance: float) -> None:
+    """Refuse dense samples that are not finite: every distance to them is NaN, which says nothing of any schedule.
+
+    Args:
+        latents: final ones, shape (samples, ...).
+        guidance: that they were made with.
+
+    Raises:
+        AllocationError: some are not finite.
+    """
+    broken = int((~latents.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        raise AllocationError(
+            f"the dense denoiser's samples are not finite ({broken} of {len(latents)}, with `guidance` {guidance:g} in "
+            f"{str(latents.dtype).removeprefix('torch.')}), so nothing can be compared with them. The bank is not to "
+            "blame: use a usual `guidance`, or load the pipeline in float32 or bfloat16."
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import StagePruneError
 from ...groups import families
-from ...host import Conditions, InputSize, NoiseLevel, Prompt, SamplerState, TauReader
+from ...host import Conditions, InputSize, NoiseLevel, Prompt, SamplerState, TauReader, check_prompts
 from .listed import first_order as first_order_solver
 from .listed import visiting
 from .noise import noise_levels, target
@@ -113,6 +113,7 @@ class DiffusersHost:
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> Conditions:
         """Encode texts or class labels, a few at a time: text encoders are large."""
+        check_prompts(prompts)
         if not prompts:
             raise StagePruneError("`prompts` is empty: give at least one text or class label.")
         parts = [

@@ -21,7 +21,7 @@ def load_pipeline(name: str | Path, device: str = "auto", dtype: str = "float32"
 
     Args:
         name: a pipeline's folder, or a Hub id (`user/name`).
-        device: `auto` (an accelerator if there is one), or a torch device.
+        device: `auto` (CUDA if there is one, or else the CPU), or a torch device.
         dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
@@ -52,12 +52,10 @@ def _quiet() -> None:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is the accelerator if there is one."""
+    """`auto` is CUDA if there is one, or else the CPU: never MPS, which has no float64, in which pruning computes."""
     if name != "auto":
         return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pick_dtype(name: str) -> torch.dtype:

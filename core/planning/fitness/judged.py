@@ -45,8 +45,7 @@ def accuracy(request: FitnessRequest) -> Fitness:
             raise FitnessError(
                 f"fitness 'accuracy': a judge of kind {judge.kind!r} cannot check prompts such as {made.prompts[0]!r}."
             )
-        right = judge.hits(made.images, wanted) & made.images.flatten(1).isfinite().all(1)
-        return 1 - right.double()
+        return 1 - judge.hits(made.images, wanted).double()
 
     return Fitness("accuracy", misses, floor=0.0, paired=False)
 

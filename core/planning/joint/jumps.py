@@ -24,7 +24,7 @@ from ... import progress
 from ...errors import AllocationError
 from ...host import Conditions, Host, NoiseLevel, SamplerState
 from ...runtime import StagePruner
-from ..sampling import Sampling
+from ..sampling import Sampling, check_dense
 from ..table import TableOrigin
 
 WEIGHED = 10
@@ -120,8 +120,7 @@ class _Batch:
         states = [host.start(seeds, points)]
         for place in range(points):
             states.append(self._advance(states[-1], place + 1))
-        if not bool(torch.isfinite(states[-1].latents).all()):
-            raise AllocationError("the dense denoiser's samples are not finite, so nothing can be compared with them.")
+        check_dense(states[-1].latents, guidance)
         self.states = states
         self.latents = torch.stack([state.latents.flatten().double() for state in states])
 

@@ -11,7 +11,7 @@ from ...host import Host, sample
 from ...runtime import StagePruner
 from ...schedule import StageSchedule
 from ..fitness import Fitness, Outcome
-from ..sampling import Sampling
+from ..sampling import Sampling, check_dense
 
 
 class Runs:
@@ -23,6 +23,9 @@ class Runs:
         points: steps of the reference.
         fitness: what is less the better a schedule is.
         on_run: called after every run (for progress).
+
+    Raises:
+        AllocationError: the reference samples are not finite.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Runs:
         self.sampling, self.pruner, self.fitness, self.on_run = sampling, pruner, fitness, on_run
         self.conditions = sampling.host.encode(sampling.prompts)
         self.reference = self._outcome(sampling.host, points) if fitness.paired else None
+        if self.reference:
+            check_dense(self.reference.latents, sampling.guidance)
         self._known: dict[StageSchedule, float] = {}
 
     def value(self, schedule: StageSchedule) -> float:
@@ -68,4 +73,4 @@ class Runs:
         sampling = self.sampling
         seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
         latents = sample(host, self.conditions, seeds, steps, sampling.guidance, sampling.batch_size)
-        return Outcome(latents, sampling.prompts, self.conditions, sampling.host.decode)
+        return Outcome(latents, sampling.prompts, self.conditions, sampling.decode)

@@ -74,7 +74,7 @@ class Evolution:
 
     Raises:
         SearchError, ScheduleError, AllocationError: the budget cannot be met, or the schedule to start from does not
-            fit. Nothing has been run then.
+            fit. Nothing has been run then. From `run`, AllocationError: the dense samples are not finite.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def search(
 
     Raises:
         SearchError: settings, probes, fitness or checkpoint that do not fit.
-        AllocationError: no level is cheap enough, or a stage is visited by no step.
+        AllocationError: no level is cheap enough, a stage is visited by no step, or the dense samples are not finite.
         ScheduleError: boundaries that make no schedule of this bank.
         KeyboardInterrupt: interrupted; the message says how to go on. The denoiser is as it was.
     """

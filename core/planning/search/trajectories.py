@@ -11,7 +11,7 @@ import torch
 from ...host import SamplerState
 from ..allocation import Request
 from ..fitness import Outcome
-from ..sampling import Sampling
+from ..sampling import Sampling, check_dense
 from .footprint import footprint
 from .probes import Block
 from .space import Genome
@@ -44,6 +44,9 @@ class Trajectories:
         request: pipeline, bank and stages, and a pruner with every level resident.
         blocks: the probes.
         memory: bytes of states to keep; 0 shares none.
+
+    Raises:
+        AllocationError: the dense samples are not finite.
     """
 
     def __init__(self, request: Request, blocks: Sequence[Block], memory: int) -> None:
@@ -53,6 +56,8 @@ class Trajectories:
         self._sizes: list[list[int]] = [[] for _ in blocks]
         self.trie = StateTrie(memory, self._size)
         self.dense = [self.run(index, (0,) * len(request.stages.stages)) for index in range(len(blocks))]
+        for outcome in self.dense:
+            check_dense(outcome.latents, request.sampling.guidance)
 
     def run(self, index: int, genome: Genome) -> Outcome:
         """What a genome makes of a block of probes, and count what it takes.
@@ -75,7 +80,7 @@ class Trajectories:
             self.trie.use(index, path)
         finally:
             request.pruner.schedule = request.stages.with_levels([0.0] * len(genome))
-        return Outcome(state.latents, block.prompts, block.conditions, request.sampling.host.decode)
+        return Outcome(state.latents, block.prompts, block.conditions, request.sampling.decode)
 
     def pretend(self, index: int, genome: Genome) -> None:
         """Count what `run` would, and note the states that it would leave, which are in another process."""
@@ -139,6 +144,9 @@ def copies_hold(sampling: Sampling, block: Block) -> tuple[bool, int]:
 
     Returns:
         Whether it holds, and the denoiser steps that it took to find out.
+
+    Raises:
+        AllocationError: the sample is not finite, so that it could not be told: NaN equals nothing.
     """
     host, calls = sampling.host, len(sampling.taus)
     conditions, start = block.conditions[:1], host.start([sampling.seed], sampling.steps)
@@ -148,5 +156,6 @@ def copies_hold(sampling: Sampling, block: Block) -> tuple[bool, int]:
 
     middle = host.advance(start, conditions, sampling.guidance, calls // 2)
     whole, *others = [finish(state).latents for state in (start, start, middle, middle)]
+    check_dense(whole, sampling.guidance)
     rest = calls - calls // 2
     return all(torch.equal(whole, other) for other in others), 2 * calls + calls // 2 + 2 * rest

@@ -145,10 +145,7 @@ def _planned(problem: _Problem, strategy: str) -> Allocation:
     table = problem.jumps()
     tried = sorted(_try(problem, table), key=lambda each: each.value)
     if not tried:
-        raise AllocationError(
-            f"`target` {problem.request.budget.target} allows {problem.budget:.2f} dense calls, and the bank's highest "
-            f"level still takes {min(problem.costs):.3f} of one: not a single step fits. Ask for less."
-        )
+        raise AllocationError(_too_small(problem, strategy))
     if math.isinf(tried[0].value):
         raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
     ranked = _last_choice(problem, tried)
@@ -156,6 +153,20 @@ def _planned(problem: _Problem, strategy: str) -> Allocation:
         Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.value, final) for each, final in ranked
     )
     return problem.request.planned(strategy, ranked[0][0].schedule, candidates, table)
+
+
+def _too_small(problem: _Problem, strategy: str) -> str:
+    """Not one step fits: why, and what to do."""
+    request = problem.request
+    cheapest = (
+        f"strategy {strategy!r} makes dense steps only, each of which takes 1"
+        if problem.dense
+        else f"the bank's highest level still takes {min(problem.costs):.3f} of one"
+    )
+    return (
+        f"`target` {request.budget.target} of {len(request.sampling.taus)} `steps` allows {problem.budget:.2f} dense "
+        f"calls, and {cheapest}: not a single step fits. Ask for a larger share (a smaller speedup), or more `steps`."
+    )
 
 
 def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Tried, float | None]]:

@@ -52,7 +52,11 @@ def _choices(request: Request, table: ErrorTable) -> dict[str, tuple[float, ...]
 def _race(
     request: Request, table: ErrorTable, choices: dict[str, tuple[float, ...]], held_out: Sampling
 ) -> tuple[Candidate, ...]:
-    """The choices, the best first, as they run on held-out probes, and on fresh ones until one is clearly ahead."""
+    """The choices, the best first, as they run on held-out probes, and on fresh ones until one is clearly ahead.
+
+    Raises:
+        AllocationError: none of them gives finite samples.
+    """
     levels, rounds, first = [*choices.values()], dict[int, Probes](), dict[int, float]()
     with progress.bar(len(choices) * ROUNDS, "running schedules", "schedule") as bar:
 
@@ -66,6 +70,11 @@ def _race(
             return errors[:, None]
 
         ranked = race(len(choices), errors_of, fitness_of("latent_mse"))
+    if math.isinf(ranked[0][1]):
+        raise AllocationError(
+            "no schedule's samples are finite: the levels of this bank break the model. Prune anew, with lower "
+            "`levels` or a pipeline in float32 or bfloat16."
+        )
     names = [*choices]
     return tuple(
         Candidate(

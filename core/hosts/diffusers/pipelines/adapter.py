@@ -64,6 +64,10 @@ class PipelineAdapter(ABC):
     def encode(self, pipe: Any, prompts: Sequence[Prompt]) -> Conditions:
         """Encode prompts on the pipeline's device, with whatever guidance needs beside them."""
 
+    def read_prompt(self, text: str) -> Prompt:
+        """A prompt from how it is written in a list of them: here, a text as it stands."""
+        return text
+
     @abstractmethod
     def default_prompts(self, pipe: Any) -> list[Prompt]:
         """Prompts to calibrate on when the user gives none."""

@@ -24,7 +24,7 @@ class DiTAdapter(PipelineAdapter):
         """Class labels as integers, or as the texts that the pipeline knows them by."""
         labels = []
         for prompt in prompts:
-            if isinstance(prompt, str) and not prompt.isdigit():
+            if isinstance(prompt, str) and not prompt.isdecimal():
                 if prompt not in pipe.labels:
                     known = ", ".join(list(pipe.labels)[:12]) or "none: give numbers"
                     raise StagePruneError(f"prompt {prompt!r} is no class of this pipeline; its labels are {known}.")
@@ -37,6 +37,10 @@ class DiTAdapter(PipelineAdapter):
                 )
             labels.append(label)
         return Conditions({"class_labels": torch.tensor(labels, device=pipe._execution_device)})
+
+    def read_prompt(self, text: str) -> Prompt:
+        """Numbers are class labels."""
+        return int(text) if text.isdecimal() else text
 
     def default_prompts(self, pipe: Any) -> list[Prompt]:
         """All classes that the pipeline has names for, or all that its tables hold."""
