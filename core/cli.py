@@ -19,6 +19,7 @@ except ImportError:
 from .cli_bank import calibrate, prune
 from .cli_options import (
     FULL_SIZE,
+    AnyDevice,
     Batch,
     BundleArgument,
     Device,
@@ -99,8 +100,9 @@ def allocate(
     For a first try: stageprune allocate PIPE BUNDLE --target macs:0.67
     """
     from .api import allocate as run
-    from .bundle import Bundle
+    from .bundle import Bundle, check_bundle_folder
 
+    check_bundle_folder(out)  # before minutes of work, not after
     bank, pipeline = Bundle.load(bundle).bank, load(pipe, device, dtype)
     allocation = run(
         pipeline,
@@ -139,7 +141,7 @@ def generate(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's usual one.")] = None,
     size: OwnSize = None,
-    device: Device = "auto",
+    device: AnyDevice = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Generate images, dense or pruned, with the same seeds either way."""
@@ -249,7 +251,7 @@ def bench(
     compile_blocks: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
     size: Size = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
-    device: Device = "auto",
+    device: AnyDevice = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Time dense and pruned forwards and images, interleaved, beside the MAC-ideal; memory; cost of a switch."""

@@ -125,9 +125,10 @@ def prune(
 ) -> None:
     """Make the bank of levels and save it as a bundle without a schedule (`allocate` adds one)."""
     from .api import prune as run
-    from .bundle import Bundle
+    from .bundle import Bundle, check_bundle_folder
     from .calibration import Calibration
 
+    check_bundle_folder(out)  # before minutes of work, not after
     loaded = Calibration.load(calibration) if calibration else None
     bank = run(
         load(pipe, device, dtype),

@@ -153,7 +153,32 @@ JointFitness = Annotated[
 JudgeFolder = Annotated[
     Path | None, typer.Option("--judge", help="Folder of a judge. Default: `judge` in the pipeline's folder.")
 ]
-Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, mps.")]
+
+
+def _with_float64(name: str) -> str:
+    """A `--device` of a verb that computes in float64."""
+    if name.split(":")[0] == "mps":
+        raise StagePruneError(
+            f"--device must be auto, cpu or cuda for this verb, got {name}: MPS has no float64, in which calibrating, "
+            "pruning and planning compute. Use cpu; `generate` with the finished bundle takes mps."
+        )
+    return name
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        callback=_with_float64,
+        help="Device to run on: auto (CUDA if there is one, or else the CPU), cpu, cuda. Not mps: it has no float64.",
+    ),
+]
+AnyDevice = Annotated[
+    str,
+    typer.Option(
+        help="Device to run on: auto (CUDA if there is one, or else the CPU), cpu, cuda, mps (never by itself: pruning "
+        "needs float64, which it lacks).",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Precision to load the pipeline in: float32, bfloat16, float16.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples that run together.")]
 FULL_SIZE = "dit-xl, sd15, sdxl, sd3-medium, sd35-medium, sd35-large, flux-dev"
@@ -183,8 +208,9 @@ def read_prompts(text: str | None, pipeline: Any) -> list[int | str]:
     """Prompts from the command line, from a file, or the pipeline's own."""
     from .hosts.diffusers import DiffusersHost
 
+    host = DiffusersHost(pipeline)
     if text is None:
-        return DiffusersHost(pipeline).default_prompts()
+        return host.default_prompts()
     if text.startswith("@"):
         path = Path(text[1:])
         if not path.is_file():
@@ -192,7 +218,7 @@ def read_prompts(text: str | None, pipeline: Any) -> list[int | str]:
         parts = path.read_text("utf-8").splitlines()
     else:
         parts = text.split(",")
-    prompts: list[int | str] = [int(part) if part.isdigit() else part for part in map(str.strip, parts) if part]
+    prompts = [host.adapter.read_prompt(part) for part in map(str.strip, parts) if part]
     if not prompts:
         raise StagePruneError(f"--prompts {text!r} names no prompt.")
     return prompts

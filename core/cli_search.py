@@ -97,10 +97,11 @@ def search(
     For a first try: stageprune search PIPE BUNDLE --target macs:0.67 --generations 10
     """
     from .api_search import search as run
-    from .bundle import Bundle
+    from .bundle import Bundle, check_bundle_folder
     from .distributed import processes_here
     from .files import atomic_file
 
+    check_bundle_folder(out)  # before hours of work, not after
     processes = processes_here()
     bank = Bundle.load(bundle).bank
     pipeline = load(pipe, processes.device if device == "auto" else device, dtype)

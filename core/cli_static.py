@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import BundleArgument, Device, Dtype, Kinds, Out, Pipe, load, words
+from .cli_options import AnyDevice, BundleArgument, Device, Dtype, Kinds, Out, Pipe, load, words
 
 DenoiserOnly = Annotated[
     bool, typer.Option("--denoiser-only", help="Write the denoiser's folder alone, not the whole pipeline.")
@@ -38,7 +38,9 @@ def sparsify(
     """
     from .api_static import sparsify as run
     from .calibration import Calibration
+    from .plain_folder import check_plain_folder
 
+    check_plain_folder(out)  # before minutes of work, not after
     pipeline = load(pipe, device, dtype)
     model = run(
         pipeline,
@@ -66,7 +68,7 @@ def export(
         typer.Option("--zeros", help="Fill what is removed with zeros: for any level, as large and slow as dense."),
     ] = False,
     denoiser_only: DenoiserOnly = False,
-    device: Device = "auto",
+    device: AnyDevice = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Save one level as a plain pipeline that any diffusers loads. Levels of --method depth become smaller; those of
@@ -74,7 +76,9 @@ def export(
     """
     from .api_static import export as run
     from .hosts.diffusers import find_denoiser
+    from .plain_folder import check_plain_folder
 
+    check_plain_folder(out)  # before minutes of work, not after
     pipeline = load(pipe, device, dtype)
     target = find_denoiser(pipeline)[1] if denoiser_only else pipeline
     folder = run(target, bundle, out, sparsity=sparsity, stage=stage, form="zeros" if zeros else "small")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .api import allocate, calibrate, evaluate, prune
-from .bundle import Bundle
+from .bundle import Bundle, check_bundle_folder
 from .errors import StagePruneError
 from .host import Prompt
 from .hosts.diffusers.load import load_pipeline
@@ -118,6 +118,7 @@ def run_demo(name: str, out: Path, target: str = "macs:0.67", say: Callable[[str
     Returns:
         The HTML report.
     """
+    check_bundle_folder(out / "bundle")  # before minutes of work, not after
     started = time.perf_counter()
     demo = load_demo(name)
     pipe, recipe = demo.pipe, demo.recipe

@@ -72,4 +72,4 @@ def _sample(tensor: Tensor) -> list[float]:
     """Values at evenly spaced places, rounded so that JSON holds them exactly."""
     flat = tensor.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).round().long()
-    return [round(value, 6) for value in flat[places.to(flat.device)].double().tolist()]
+    return [round(value, 6) for value in flat[places.to(flat.device)].cpu().double().tolist()]

@@ -13,6 +13,8 @@ from PIL import Image
 from stageprune.core import cli
 from stageprune.core.bundle import Bundle
 from stageprune.core.calibration import Calibration
+from stageprune.core.cli_options import read_prompts
+from stageprune.core.hosts.diffusers import DiffusersHost
 from support import make_pipe
 from zoo import make_pipeline
 
@@ -172,6 +174,9 @@ def test_env_names_versions(monkeypatch, capsys):
         (("calibrate", "."), "no model_index.json"),
         (("calibrate", "PIPE", "--prompts", "@missing.txt"), "no such file"),
         (("calibrate", "PIPE", "--prompts", "cat"), "no class of this pipeline"),
+        (("calibrate", "PIPE", "--prompts", "²"), "prompt '²' is no class of this pipeline"),
+        (("calibrate", "PIPE", "--device", "mps"), "--device must be auto, cpu or cuda for this verb, got mps"),
+        (("evaluate", "PIPE", "missing", "--device", "mps:0"), "for this verb, got mps:0: MPS has no float64"),
         (("calibrate", "PIPE", "--prompts", "1", "--count", "1", "--steps", "1"), "too few calibration data"),
         (("calibrate", "PIPE", "--alpha", "sideways"), "uniform, log-decrease"),
         (("prune", "PIPE"), "needs a `calibration`"),
@@ -200,6 +205,26 @@ def test_mistakes_get_one_message_and_exit_code_2(arguments, message, folder, mo
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "no-pipe"), "exists and is not a bundle; it is not overwritten"),
+        (("allocate", "no-pipe", "no-bundle"), "exists and is not a bundle; it is not overwritten"),
+        (("search", "no-pipe", "no-bundle"), "exists and is not a bundle; it is not overwritten"),
+        (("sparsify", "no-pipe"), "exists and was not written by stageprune; it is not overwritten"),
+        (("export", "no-pipe", "no-bundle"), "exists and was not written by stageprune; it is not overwritten"),
+    ],
+)
+def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    for out in ("taken", "taken/thesis.txt"):
+        code, _, err = run(monkeypatch, capsys, *arguments, "-o", out)
+        assert code == 2 and f"{out} {message}" in " ".join(err.split())
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "years of work"
+
+
 @pytest.mark.slow
 def test_the_installed_command_starts():
     result = subprocess.run(
@@ -221,8 +246,18 @@ def test_text_prompts(tmp_path, monkeypatch, capsys):
     assert code == 0
     provenance = Calibration.load(calibration).provenance
     assert provenance["guidance"] == 7.5 and provenance["prompts"] == ["a fox, red", "an old house"] * 4
-    code, out, error = run(monkeypatch, capsys, "generate", pipe, "-o", tmp_path / "images", "--prompts", "fox,7")
-    assert code == 2 and "prompt 7 is of type int, but StableDiffusionPipeline takes texts" in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [("sd15", "1984\n²\nan old house\n", ["1984", "²", "an old house"]), ("dit", "7\n١\n", [7, 1])],
+)
+def test_digits_are_labels_only_where_there_are_classes(kind, given, expected, tmp_path):
+    (tmp_path / "prompts.txt").write_text(given, "utf-8")
+    pipe = make_pipeline(kind)
+    prompts = read_prompts(f"@{tmp_path / 'prompts.txt'}", pipe)
+    assert prompts == expected
+    assert len(DiffusersHost(pipe).encode(prompts)) == len(expected)
 
 
 def test_a_size(tmp_path, monkeypatch, capsys):

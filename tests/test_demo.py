@@ -12,6 +12,7 @@ import torch
 
 from stageprune.core import demo
 from stageprune.core.bundle import Bundle
+from stageprune.core.errors import BundleError
 from stageprune.core.evaluation import load_judge
 from stageprune.core.evaluation.scene import Scene
 
@@ -51,6 +52,14 @@ def test_the_main_job_leaves_a_report_and_a_bundle(name, monkeypatch, tmp_path):
     assert 4 <= len(bundle.schedule.stages) <= 5  # with so few steps none may fall into a stage, which is then merged
     assert not list((tmp_path / "out").glob("*.part"))
     assert "enable_stage_pruning" in said[-1]
+
+
+def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path):
+    (tmp_path / "bundle").write_text("a file")
+    said = []
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        demo.run_demo("dit-digits", tmp_path, say=said.append)
+    assert not said
 
 
 @pytest.mark.parametrize("name", ["sdxl-shapes", "flux-shapes"])

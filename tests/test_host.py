@@ -15,6 +15,7 @@ from stageprune.core.errors import BankError
 from stageprune.core.host import InputSize, sample
 from stageprune.core.hosts.diffusers import DiffusersHost, attach, detach, find_denoiser, reader_for
 from stageprune.core.hosts.diffusers.attach import METHODS
+from stageprune.core.hosts.diffusers.load import pick_device
 from stageprune.core.hosts.diffusers.timesteps import TimestepReader
 from support import GUIDANCE, LABELS, images, make_pipe
 
@@ -108,6 +109,8 @@ def test_labels_by_name(pipe):
     assert host.encode(["white shark", "cat"]).tensors["class_labels"].tolist() == [2, 281]
     with pytest.raises(StagePruneError, match="prompt 'dog' is no class of this pipeline; its labels are cat, white"):
         host.encode(["dog"])
+    with pytest.raises(StagePruneError, match="prompt '²' is no class of this pipeline"):
+        host.encode(["²"])  # a digit, but no number
 
 
 def test_describe_is_plain_data_without_paths(pipe, tmp_path):
@@ -178,6 +181,14 @@ def test_reader_follows_the_scheduler_and_the_class(pipe):
     args = [None] * 6
     args[position] = torch.tensor([100])
     assert reader_for(pipe.transformer)(tuple(args), {}) == 0.1
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_by_itself_is_one_with_float64(cuda, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == expected
+    assert pick_device("mps") == "mps"
 
 
 def test_find_denoiser(pipe):

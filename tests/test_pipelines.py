@@ -173,6 +173,8 @@ def test_prompts_of_another_type_are_refused(name):
         host.encode(["red fox", 3])
     with pytest.raises(StagePruneError, match="`prompts` is empty"):
         host.encode([])
+    with pytest.raises(StagePruneError, match=r"must be a list of .* got one str; give \['red fox'\]"):
+        host.encode("red fox")
 
 
 def test_default_prompts_are_varied_texts():
