@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import DEMOS, TARGETS
+from quality import STEPS
 
 Results = dict[str, dict[str, Any]]
 """Demo -> what a benchmark wrote."""
@@ -21,9 +22,8 @@ at the same steps. They are small models: the defaults follow from them, the num
 
 
 PAIRED_IS_NOT_ALL = (
-    "- Paired error is not all that counts. Where a schedule prunes the last stages hardest the latents stay nearer "
-    "and yet the pictures lose what was asked for: accuracy of {}, measured against one level everywhere. There one "
-    "level everywhere is the better choice."
+    "- Paired error is not all that counts. Less of it than one level everywhere, and yet fewer pictures of what was "
+    "asked for: accuracy of {}, measured against one level everywhere."
 )
 
 PICTURES = """
@@ -73,7 +73,15 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
         if key.endswith("measured")
         for uniform in [data["cells"][key.replace("measured", "uniform")]]
         if ours["accuracy"]["mean"] < uniform["accuracy"]["mean"] - LOST
+        and ours["latent_mse"]["mean"] < uniform["latent_mse"]["mean"]
     ]
+    rise = [
+        each[f"{count}/{TARGETS[-1]}/measured"]["latent_mse"]["mean"]
+        / each[f"{count}/{TARGETS[0]}/measured"]["latent_mse"]["mean"]
+        for each in cells
+        for count in STEPS
+    ]
+    dearest = {name: max(range(5), key=_alone(data, 20).__getitem__) for name, data in quality.items()}
     shares, losses = shares_of(layers), losses_of(layers)
     many = [row for data in sharing.values() for row in data["rows"] if row["prompts"] == data["rows"][0]["prompts"]]
     ratios = _over_shared(many)
@@ -88,15 +96,16 @@ def short(quality: Results, sharing: Results, layers: Results) -> str:
             "same widths.",
             f"- On top of that, a level a stage: less paired error than one level everywhere in {below('uniform')}, "
             f"the very same schedule in {same} more.",
-            "- Small cuts are nearly free, and the error rises steeply towards half of the MACs: a moderate budget "
-            "pays best.\n",
+            f"- The error rises steeply: at {TARGETS[-1]} of the MACs the measured schedule has {min(rise):.0f} to "
+            f"{max(rise):.0f} times its error at {TARGETS[0]}.\n",
             "Differs from model to model:\n",
             *([PAIRED_IS_NOT_ALL.format("; ".join(lost))] if lost else []),
-            "- Which stage is dear (section 3). No fixed pattern serves all three, so it is measured.",
+            "- Which stage is dear (section 3): at 20 steps, counted from the noisiest, "
+            f"{', '.join(f'stage {stage} of {name}' for name, stage in dearest.items())}. So it is measured.",
             f"- Fewer steps or pruning. The measured schedule has less paired error than dense with fewer steps in "
             f"{below('fewer steps')} altogether: {below('fewer steps', where='20/')} of 20 steps, "
-            f"{below('fewer steps', where='8/')} of 8, {below('fewer steps', where='4/')} of 4. The fewer the steps, "
-            "the more pruning pays; section 5 has it by model.",
+            f"{below('fewer steps', where='8/')} of 8, {below('fewer steps', where='4/')} of 4; section 5 has it by "
+            "model.",
             f"- Consumers or orders per stage: {_span(ratios)} times the error of shared ones (section 4) with many "
             f"calibration prompts, {_span(_over_shared(few))} times with few.\n",
             'Defaults that follow: `method="obs"` with `layer_allocation="measured"`, shared orders and consumers '
@@ -179,16 +188,15 @@ def stages(quality: Results) -> str:
     """What a stage costs when it alone is pruned, and what the allocation made of it."""
     lines = [
         "\n## 3. What a stage is worth\n",
-        "Error when one of five equal stages (four at 4 steps) alone runs at the level nearest half, stage 0 the "
-        "noisiest; then the schedule chosen for 0.67 of the MACs, and its error beside one level everywhere.\n",
+        "Error when one of five equal stages (fewer where some have no step) alone runs at the level nearest half, "
+        "stage 0 the noisiest; then the schedule chosen for 0.67 of the MACs, and its error beside one level "
+        "everywhere.\n",
         "| demo | steps | 0 | 1 | 2 | 3 | 4 | dearest / cheapest | measured schedule | error | uniform |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, data in quality.items():
-        for count in (20, 8, 4):
-            table = data["allocations"][f"{count}/0.8"]["table"]
-            level = min(range(len(table["sparsities"])), key=lambda i: abs(table["sparsities"][i] - 0.5))
-            errors = [row[level] for row in table["errors"]]
+        for count in STEPS:
+            errors = _alone(data, count)
             visited, places = [error for error in errors if error > 0], errors + [0.0] * (5 - len(errors))
             cells = data["cells"]
             ours, uniform = cells[f"{count}/0.67/measured"], cells[f"{count}/0.67/uniform"]
@@ -199,6 +207,13 @@ def stages(quality: Results) -> str:
                 f"{mean(uniform, 'latent_mse')} |"
             )
     return "\n".join(lines)
+
+
+def _alone(data: dict[str, Any], steps: int) -> list[float]:
+    """Error when each stage alone runs at the level nearest half."""
+    table = data["allocations"][f"{steps}/0.8"]["table"]
+    level = min(range(len(table["sparsities"])), key=lambda i: abs(table["sparsities"][i] - 0.5))
+    return [row[level] for row in table["errors"]]
 
 
 def orders(sharing: Results) -> str:

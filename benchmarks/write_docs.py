@@ -146,8 +146,8 @@ def sharing(demos: dict[str, dict[str, Any]]) -> str:
 
 SHARING_VERDICT = """
 Shared orders and consumers are the default: such a bank runs any schedule at any number of steps, is the smallest, and
-switches for nothing. Orders or consumers per stage have less error on some models and more on others, cost a bank that
-is larger by the number of stages, and need enough prompts for every stage."""
+switches for nothing. Those per stage cost a bank that is larger by the number of stages; what they win or lose in error
+is above."""
 
 
 def solver(data: dict[str, Any]) -> str:
