@@ -86,7 +86,7 @@ def write_results(name: str, data: dict[str, Any]) -> Path:
     """Write `results/<name>.json` with the environment."""
     path = RESULTS / f"{name}.json"
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"environment": describe_environment(), **data}, indent=1) + "\n", "utf-8")
+        temporary.write_text(json.dumps({**data, "environment": describe_environment()}, indent=1) + "\n", "utf-8")
     return path
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from common import DEMOS, Subject, write_results
+from common import DEMOS, TARGETS, Subject, write_results
 from stageprune.core.planning import Probes, measure_error_table
-from stageprune.core.runtime import applied
-from stageprune.core.schedule import StageSchedule
+from stageprune.core.planning.search.space import Space
+from stageprune.core.runtime import StagePruner, applied
+from stageprune.core.schedule import StageSchedule, executed_calls
 
-STEPS, STAGES, SCHEDULES, PROBES = 10, 5, 60, 16
+STEPS, STAGES, EACH, PROBES = 10, 5, 20, 16
+"""Sampling steps, stages, schedules of each budget, and probes."""
 
 
 def main() -> None:
@@ -28,8 +30,15 @@ def main() -> None:
     for name in parser.parse_args().demos:
         found = predict(Subject(name))
         write_results(f"prediction-{name}", {"demo": name, **found})
-        told = {model: f"{each['rank']:.3f}" for model, each in found["models"].items()}
-        print(name, "rank correlation over", SCHEDULES, "schedules:", told, flush=True)
+        told = {model: (each["rank"], each["within"]) for model, each in found["models"].items()}
+        print(
+            name,
+            f"rank correlation over {EACH} schedules of each budget:",
+            told,
+            "by MACs",
+            found["by_macs"],
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -43,7 +52,10 @@ def predict(demo: Subject) -> dict[str, Any]:
         first = Probes(demo.host, pruner, stages, prompts[:PROBES], range(30_000, 30_000 + PROBES), **options)
         table = measure_error_table(first, bank.sparsities, STEPS)
         others = Probes(demo.host, pruner, stages, prompts[PROBES:], range(31_000, 31_000 + PROBES), **options)
-        chosen = [tuple(draws.choice(bank.sparsities) for _ in range(STAGES)) for _ in range(SCHEDULES)]
+        spaces = [space_of(demo, pruner, stages, target) for target in TARGETS]
+        genomes = [(space, space.draw(draws)) for space in spaces for _ in range(EACH)]
+        chosen = [space.levels(genome) for space, genome in genomes]
+        macs = torch.tensor([float(space.cost(genome)) for space, genome in genomes])
         measured = torch.tensor([float(others.errors(levels).mean()) for levels in chosen])
     squares = torch.tensor([table.predict(levels) for levels in chosen])
     rows = [
@@ -58,7 +70,15 @@ def predict(demo: Subject) -> dict[str, Any]:
         "schedules": [list(levels) for levels in chosen],
         "measured": measured.tolist(),
         "models": {"squares": _judged(squares, measured), "lengths": _judged(lengths, measured)},
+        "by_macs": float(spearman_corrcoef(-macs, measured)),
     }
+
+
+def space_of(demo: Subject, pruner: StagePruner, stages: StageSchedule, target: float) -> Space:
+    """Schedules that fill a budget."""
+    macs = pruner.bank.macs(pruner.cost)
+    calls, costs = executed_calls(stages, demo.host.taus(STEPS)), tuple(macs[level] for level in pruner.bank.sparsities)
+    return Space(pruner.bank.sparsities, costs, calls, int(target * sum(calls) * costs[0]))
 
 
 def _judged(predicted: Tensor, measured: Tensor) -> dict[str, Any]:
@@ -66,6 +86,9 @@ def _judged(predicted: Tensor, measured: Tensor) -> dict[str, Any]:
     return {
         "predicted": predicted.tolist(),
         "rank": float(spearman_corrcoef(predicted, measured)),
+        "within": [
+            float(spearman_corrcoef(*pair)) for pair in zip(predicted.split(EACH), measured.split(EACH), strict=True)
+        ],
         "measured_over_predicted": [float(ratios[int(share * (len(ratios) - 1))]) for share in (0.1, 0.5, 0.9)],
     }
 

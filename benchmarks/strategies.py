@@ -4,10 +4,12 @@ the choice took.
     python benchmarks/strategies.py               # all three demos
     python benchmarks/strategies.py dit-digits --targets 0.67 --seeds 1
 
-Strategies with a seed (probes, and what a search draws) run with several. Diff-ES runs with its published settings but
-for fitness, probes and steps, which are those of ours. It shares states here, to be done sooner, which changes nothing
-that it finds; the steps that are counted are what it runs without. Writes results/strategies-<demo>.json after every
-row, from which it resumes.
+Strategies with a seed (probes, and what a search draws) run with several. Diff-ES's loop runs with its published pool,
+generations and selection; fitness, search probes and steps are those of ours, and a switch moves as large a share of
+the bank's levels as of its own 16. It shares states here, to be done sooner, which changes nothing that it finds; the
+steps that are counted are what its own code would run: candidates and the dense references. Of ours all is counted:
+the table and the races of its warm start, the check that states may be shared, held-out and fresh probes. Writes
+results/strategies-<demo>.json after every row, from which it resumes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from common import DEMOS, RESULTS, TARGETS, Subject, mean_and_spread, write_resu
 from provenance import needed, stamped
 from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.planning import PATTERNS, SearchSettings
+from stageprune.core.planning.allocate import allocate as plan
+from stageprune.core.planning.search.metered import MeteredHost
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
@@ -32,6 +36,9 @@ STEPS, STAGES, PROBES = 10, 10, 8
 COUNT, SETS = 40, 3
 FIRST_SEED = 600_000
 PARTITION = f"equal-steps:{STAGES}"
+PUBLISHED_LEVELS = 16
+"""Levels a stage of Diff-ES."""
+
 FIXED = ("uniform", "mosaic", *(f"pattern:{name}" for name in PATTERNS if name not in ("ramp-down", "ramp-up")))
 SEARCHES = ("ours", "Diff-ES as published")
 
@@ -76,40 +83,46 @@ class Runner:
     def allocate(self, strategy: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
         """A schedule by formula or by table."""
         prompts = self.demo.demo.prompts(2 * PROBES)
-        allocation = self.demo.allocate(
+        metered = MeteredHost(self.demo.host)
+        allocation = plan(
+            metered.host,
             self.bank,
-            target,
+            target=target,
             strategy=strategy,
             steps=STEPS,
-            stages=PARTITION,
+            guidance=self.demo.recipe.guidance,
+            stages=None if strategy == "mosaic" else PARTITION,  # its closed form makes three stages of its own
             prompts=prompts,
             seed=20_000 * (seed + 1),
         )
-        return allocation.schedule, {"macs": allocation.executed.share}
+        return allocation.schedule, {"macs": allocation.executed.share, "denoiser_steps": metered.steps}
 
     def search(self, name: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
         """A schedule by evolution, with its cost and its course."""
-        published = SearchSettings.published("dit", seed=seed, memory=1.0)
+        ours = name == "ours"
+        most = SearchSettings.published("dit").max_levels * len(self.bank.sparsities) / PUBLISHED_LEVELS
+        published = SearchSettings.published("dit", seed=seed, memory=1.0, max_levels=max(1, round(most)))
         result = stageprune.search(
             self.demo.pipe,
             self.bank,
             target=target,
-            settings=SearchSettings(seed=seed) if name == "ours" else published,
+            settings=SearchSettings(seed=seed) if ours else published,
             guidance=self.demo.recipe.guidance,
             steps=STEPS,
             stages=PARTITION,
             prompts=self.demo.demo.prompts(2 * PROBES),
             seed=20_000 * (seed + 1),
         )
-        facts = result.to_dict()
-        # Its published code runs every candidate from the start.
-        share = 1.0 if name == "ours" else 1 + result.cost.shared / max(result.cost.search, 1)
-        course = [[each["steps"] * share, each["fitness"][0]] for each in facts["history"]]
+        facts, cost = result.to_dict(), result.cost
+        # Its published code runs every candidate from the start, and neither checks states nor holds probes out.
+        share = 1.0 if ours else 1 + cost.shared / max(cost.search, 1)
+        before = cost.start + cost.references if ours else STEPS * PROBES
+        course = [[before + each["steps"] * share, each["fitness"][0]] for each in facts["history"]]
         return result.schedule, {
             "macs": result.executed.share,
             "fitness": result.best.search,
             "held_out": result.best.held_out,
-            "denoiser_steps": result.cost.total + (0 if name == "ours" else result.cost.shared),
+            "denoiser_steps": cost.total if ours else before + cost.search + cost.shared,
             "cost": facts["cost"],
             "course": course,
         }
