@@ -5,8 +5,9 @@
 
 Cost is in dense denoiser calls; the dense run of 20 steps is 20. Errors are of latents, to a dense run of the same
 solver with 40 steps (`fine`) and with 20 (`dense20`). `first` is the demo's own solver (DDIM, Euler), `second`
-DPM-Solver++(2M). Plans are made on prompts and seeds of their own. Writes results/front-<demo>-<solver>.json after
-every row, from which it resumes.
+DPM-Solver++(2M). Plans are made on prompts and seeds of their own. Those of steps and levels are told what all other
+ways chose at their budget, and what they chose themselves at smaller ones (`rivals`). Writes
+results/front-<demo>-<solver>.json after every row, from which it resumes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from stageprune.core.evaluation.metrics import frechet, mse
 from stageprune.core.groups import measure_cost
 from stageprune.core.host import Prompt, sample
 from stageprune.core.planning import Allocation, ErrorTable, JumpTable
+from stageprune.core.planning.costs import TOLERANCE
+from stageprune.core.planning.joint import grid_points, measure_jumps
+from stageprune.core.planning.sampling import Sampling
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
@@ -36,15 +41,22 @@ DEAR = (2, 4, 8, 12, 16)
 CALLS = {"dit-digits": (2, 3, 4, 6, 8, 10, 13, 16, 20), "sdxl-shapes": DEAR, "flux-shapes": DEAR}
 """Budgets, in dense calls; fewer where a call is dear."""
 
+ALONE = ("uniform", "measured")
+"""Strategies of pruning alone."""
+
 PRUNED_STEPS = (20, 8, 4)
 """Step counts at which pruning alone is tried."""
 
 TOGETHER: dict[str, tuple[str, str]] = {
     "steps": ("steps", "latent_mse"),
     "joint": ("joint", "latent_mse"),
+    "steps by Frechet": ("steps", "frechet"),
     "joint by Frechet": ("joint", "frechet"),
 }
-"""Ways that choose steps: their strategy, and by what it chooses."""
+"""Ways that choose steps: their strategy, and by what it chooses; each knows what those before it chose."""
+
+ONE_LEVEL = "one level, any steps"
+"""The best of one level at all steps with as many as the budget pays for: what `joint` tries beside its plans."""
 
 PROBES = {"dit-digits": 40, "sdxl-shapes": 32, "flux-shapes": 64}
 """Prompts to plan with by error: more where errors of single images differ more."""
@@ -91,7 +103,6 @@ class Runner:
         self.fine = [self.sample(index, FINE) for index in range(SETS)]
         self.dense = [self.sample(index, STEPS) for index in range(SETS)]
         self.tables: dict[int, ErrorTable | None] = {}
-        self.jumps: JumpTable | None = None
         self.told: dict[str, Any] = {}
 
     def run(self, budgets: Sequence[int], without: Sequence[str] = ()) -> None:
@@ -99,16 +110,18 @@ class Runner:
         self.row("fine", lambda: (None, FINE))
         for calls in budgets:
             self.row(f"{calls}/fewer steps", lambda calls=calls: (None, calls))
-            for way in (each for each in TOGETHER if each not in without):
-                self.row(f"{calls}/{way}", lambda calls=calls, way=way: self.together(calls, way))
             for steps in PRUNED_STEPS:
                 if calls >= steps or calls < steps * min(self.costs.values()):
                     continue
-                for strategy in ("uniform", "measured"):
+                for strategy in ALONE:
                     self.row(
                         f"{calls}/{strategy}, {steps} steps",
                         lambda calls=calls, strategy=strategy, steps=steps: self.pruned(calls, strategy, steps),
                     )
+            for way in (each for each in TOGETHER if each not in without):
+                self.row(f"{calls}/{way}", lambda calls=calls, way=way: self.together(calls, way))
+            if "corner" in self.data["rows"].get(f"{calls}/joint", {}):
+                self.row(f"{calls}/{ONE_LEVEL}", lambda calls=calls: self.one_level(calls))
 
     def together(self, calls: int, way: str) -> tuple[StageSchedule, int]:
         """Steps and levels, or steps alone."""
@@ -120,11 +133,43 @@ class Runner:
             jumps=self.jumps,
             fitness=fitness,
             judge=self.demo.judge,
+            rivals=self.rivals(calls, way),
         )
-        self.jumps = found.jumps
         best = found.candidates[0]
         self.told = {"predicted": best.predicted, "held_out": best.measured, "probes": len(self.probes(fitness))}
+        corners = [each for each in found.candidates if each.name == "fewer steps" or each.name.startswith("one level")]
+        if way == "joint" and corners:
+            corner = min(corners, key=lambda each: each.measured)
+            self.told["corner"] = {"level": corner.levels[0], "steps": len(corner.levels)}
         return found.schedule, len(found.schedule.taus or ())
+
+    def rivals(self, calls: int, way: str) -> list[StageSchedule]:
+        """What the ways before it chose at this budget, and it itself at smaller ones."""
+        names = [*TOGETHER][: [*TOGETHER].index(way)]
+        found = {}
+        for key, row in self.data["rows"].items():
+            budget, _, other = key.partition("/")
+            if not other or "refused" in row:
+                continue
+            beside = other in names or other.startswith(("fewer steps", *ALONE))
+            if (beside and int(budget) == calls) or (other == way and int(budget) < calls):
+                schedule = StageSchedule.from_dict(row["schedule"]) if row["schedule"] else StageSchedule.uniform(0.0)
+                found[key] = schedule if schedule.taus else schedule.planned_for(row["steps"])
+        most = calls + TOLERANCE * STEPS
+        return [each for each in dict.fromkeys(found.values()) if self.calls_of(each, each.planned_steps or 0) <= most]
+
+    def one_level(self, calls: int) -> tuple[StageSchedule, int]:
+        """The best corner of `joint`, by its held-out probes."""
+        corner = self.data["rows"][f"{calls}/joint"]["corner"]
+        return StageSchedule.uniform(corner["level"]).planned_for(corner["steps"]), corner["steps"]
+
+    @cached_property
+    def jumps(self) -> JumpTable:
+        """Prices, on the prompts that plans by error are made on, whichever row is the first to need them."""
+        prompts = self.probes("latent_mse")
+        sampling = Sampling(self.demo.host, prompts[: len(prompts) // 2], STEPS, self.demo.recipe.guidance)
+        with applied(self.demo.host, self.bank) as pruner, torch.no_grad():
+            return measure_jumps(sampling, pruner, grid_points(STEPS))
 
     def pruned(self, calls: int, strategy: str, steps: int) -> tuple[StageSchedule, int]:
         """Levels at the sampler's own steps."""
@@ -168,6 +213,11 @@ class Runner:
             "seconds": seconds,
             **self.told,
             "fine": self.errors(latents, self.fine),
+            "images": [
+                float(f"{error:.4g}")
+                for mine, fine in zip(latents, self.fine, strict=True)
+                for error in mse(mine, fine)
+            ],
             "dense20": self.errors(latents, self.dense),
             "accuracy": mean_and_spread([self.accuracy(index, each) for index, each in enumerate(images)]),
             "frechet": frechet(self.demo.judge, features),

@@ -48,8 +48,8 @@ everywhere, {generations} generations at most; each schedule judged by all, on {
 
 CHOICE = """
 Choose `latent_mse` when single images must stay what they were: it needs no judge and no decoding, and the SSIM of its
-schedules is at most {gap:.3f} below the best here. Choose `frechet` only when the set of images counts and not the single
-one, with a judge of your own images and many probes: it is free to change every image, and its schedules have
+schedules is at most {gap:.3f} below the best here. Choose `frechet` only when the set of images counts and not the
+single one, with a judge of your own images and many probes: it is free to change every image, and its schedules have
 {least:.1f} to {most:.1f} times the latent error."""
 
 
