@@ -159,7 +159,10 @@ def test_nothing_is_tried_twice_and_nothing_gets_worse(dit, bank, init, monkeypa
     assert all(earlier.best >= later.best for earlier, later in itertools.pairwise(found.history)), "elitism"
     for generation in found.history:
         assert len(set(generation.survivors)) == 2 and list(generation.fitness) == sorted(generation.fitness)
-    assert found.best.search <= found.history[0].fitness[-1] or found.start is not None
+    ends = set(found.history[-1].fitness) | ({found.start} if found.start is not None else set())
+    assert {finalist.search for finalist in found.finalists} <= ends, "the last survivors, and what it began with"
+    if found.start is not None:
+        assert found.history[-1].best <= found.best.search <= found.start
 
 
 @pytest.mark.parametrize("init", ["measured", "mosaic", START], ids=["measured", "mosaic", "schedule"])
@@ -355,6 +358,14 @@ def test_the_denoiser_is_restored_after_an_interruption(bank):
         ({"steps": 0}, AllocationError, "`steps` must be at least 1"),
         ({"prompts": [1, 2, 3]}, SearchError, "`init` 'measured' needs 4 search probes.*at least 8 `prompts`.*got 3"),
         ({"prompts": [], "init": "random"}, SearchError, "'latent_mse' needs 1 search probes.*at least 2 `prompts`"),
+        *(
+            (
+                {"init": init, "fitness": Fitness("spread", lambda made, _: made.latents.flatten(1).mean(1), probes=6)},
+                SearchError,
+                "fitness 'spread' needs 6 search probes.*at least 12 `prompts`.*got 8",
+            )
+            for init in ("measured", "uniform")
+        ),
         ({"target": 0.1}, AllocationError, "`target` 0.1 cannot be met"),
         ({"target": "macs:2"}, AllocationError, "`target` must look like"),
         ({"stages": 12}, AllocationError, "no step of a 5-step run falls in stage"),

@@ -144,9 +144,9 @@ def _partition(sampling: Sampling, bank: Bank, stages: Stages | None, empty: str
 def _check_probes(sampling: Sampling, fitness: Fitness, settings: SearchSettings, init: Init) -> None:
     """SearchError if there are too few prompts for two halves, each of which the fitness can do with."""
     half = len(sampling.prompts) // 2
-    least = 4 if init == "measured" else fitness.probes
+    wanted = {f"fitness {fitness.name!r}": fitness.probes, "`init` 'measured'": 4 if init == "measured" else 1}
+    why, least = max(wanted.items(), key=lambda each: each[1])
     if half < least:
-        why = "`init` 'measured'" if init == "measured" else f"fitness {fitness.name!r}"
         raise SearchError(
             f"{why} needs {least} search probes, and as many are held out: give at least {2 * least} `prompts` (they "
             f"may repeat; each has a seed of its own), got {len(sampling.prompts)}."
