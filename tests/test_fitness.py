@@ -209,7 +209,9 @@ def test_the_search_minimises_each(host, bank, judge, name):
     assert found.fitness == name and math.isfinite(found.best.search) and math.isfinite(found.best.held_out)
     if name in PAIRED:
         assert found.dense <= found.best.search
-    assert found.best.search <= found.history[0].fitness[-1]
+    first, *_, last = found.history
+    assert last.best <= first.best and found.best.search in last.fitness
+    assert found.best.held_out == min(finalist.held_out for finalist in found.finalists)
 
 
 @pytest.mark.parametrize("name", [*PAIRED, "frechet", "accuracy"])

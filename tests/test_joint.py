@@ -310,7 +310,7 @@ def test_jumps_serve_another_target(dit, bank):
             allocate(host, bank, strategy="joint", prompts=PROMPTS, jumps=first.jumps, **{"steps": 5, **change})
 
 
-def test_any_fitness_chooses(dit, bank):
+def test_any_fitness_chooses(dit, bank, monkeypatch):
     """A user's own, here one that wants samples as weak as they can be: of all plans the one that has the least."""
     seen = []
 
@@ -319,9 +319,14 @@ def test_any_fitness_chooses(dit, bank):
         seen.append(len(made.latents))
         return made.latents.flatten(1).square().mean(1)
 
+    monkeypatch.setattr(final, "CLEAR", math.inf)  # nobody is given up, so that all finals are of the same probes
     found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.6, prompts=PROMPTS, steps=5, fitness=weak)
     tried = [candidate.measured for candidate in found.candidates]
-    assert set(seen) == {3}
+    finals = [candidate.final for candidate in found.candidates if candidate.final is not None]
+    rounds = [weak_of(dit, bank, found.schedule, FRESH_APART * number) for number in range(1, 1 + final.ROUNDS)]
+    assert set(seen) == {3} and len(finals) > 1
+    assert found.candidates[0].final == min(finals) == pytest.approx(sum(rounds) / final.ROUNDS, rel=1e-4)
+    assert found.candidates[0].measured == pytest.approx(weak_of(dit, bank, found.schedule), rel=1e-4)
     near = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.6, prompts=PROMPTS, steps=5)
     assert min(tried) <= weak_of(dit, bank, near.schedule) + 1e-6
 
@@ -343,12 +348,13 @@ def test_a_fitness_that_looks_at_samples_alone_needs_no_dense_ones(dit, bank):
     )
 
 
-def weak_of(pipe, bank, schedule):
+def weak_of(pipe, bank, schedule, apart=0):
     host = DiffusersHost(pipe)
     with applied(host, bank) as pruner:
         pruner.schedule = schedule
         steps = len(schedule.taus)
-        made = sample(host.visiting(schedule.taus), host.encode(PROMPTS[3:]), range(10_003, 10_006), steps, 2.0)
+        seeds = range(10_003 + apart, 10_006 + apart)
+        made = sample(host.visiting(schedule.taus), host.encode(PROMPTS[3:]), seeds, steps, 2.0)
     return float(made.flatten(1).square().mean())
 
 
