@@ -22,6 +22,7 @@ from .planning.fitness import Measure
 from .pruning import DEFAULT_LEVELS, Bank, LayerAllocation, Predecessors
 from .pruning.bank import Sharing, fingerprint_of
 from .runtime import pruner_of, remember_bank
+from .schedule import StageSchedule
 
 
 def judge_of(judge: Judge | str | Path | None) -> Judge | None:
@@ -242,6 +243,7 @@ def allocate(
     mosaic: MosaicSettings | None = None,
     fitness: str | Fitness | Measure = "latent_mse",
     judge: Judge | str | Path | None = None,
+    rivals: Sequence[StageSchedule] = (),
 ) -> _planning.Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler really runs.
 
@@ -272,12 +274,16 @@ def allocate(
         fitness: what `joint` and `steps` choose by: a name or function, as for `search`. `latent_mse`, the default, is
             how near the dense model's own samples are; `frechet`, which wants many prompts, how near real ones.
         judge: for `frechet` and `accuracy`; a judge or its folder.
+        rivals: schedules within the same budget that the choice of `joint` or `steps` must not be worse than: one of
+            them is the choice, unless a plan is clearly better. Those that list no steps run at the sampler's own, as
+            many as they were planned for, or else `steps`. `steps` heeds dense ones alone.
 
     Returns:
         An `Allocation`: the schedule, its executed cost, the error table and the candidates that were tried.
 
     Raises:
-        AllocationError: no level is cheap enough, a stage is visited by no step, or `table` was measured otherwise.
+        AllocationError: no level is cheap enough, a stage is visited by no step, `table` was measured otherwise, or a
+            rival is too dear.
         FitnessError: a fitness that cannot be computed.
 
     Example:
@@ -303,6 +309,7 @@ def allocate(
         mosaic=mosaic,
         fitness=fitness,
         judge=judge_of(judge),
+        rivals=rivals,
     )
 
 

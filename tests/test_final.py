@@ -90,3 +90,37 @@ def test_a_set_metric_is_of_all_rounds_together():
     seen = torch.cat([Field([1.0], noise=0.0, probes=4)(0, index) for index in range(len(field.ran) // 2)])
     assert ranked[0][1] == pytest.approx(float(seen.var()))
     assert len(field.ran) >= 4, "one round of four probes cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("means", "rivals", "choice"),
+    [
+        ([1.0, 1.0], [1], 1),
+        ([1.0, 1.001], [1], 1),
+        ([1.0, 1.5], [1], 0),
+        ([1.5, 1.0], [1], 1),
+        ([1.0, 1.5, 1.001], [1, 2], 2),
+        ([1.0, 1.0, 1.5], [2], 0),
+    ],
+)
+def test_a_rival_wins_what_is_not_clearly_lost(means, rivals, choice):
+    """A tie is the best rival's; whoever is given up is none any more."""
+    ranked = race(len(means), Field(means, noise=0.05, probes=8), MSE, rivals=rivals)
+    assert ranked[0][0] == choice or (choice == 0 and ranked[0][0] not in rivals)
+    assert sorted(number for number, _ in ranked) == [*range(len(means))]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.9, 1.1), min_size=2, max_size=5), st.integers(0, 99), st.data())
+def test_rivals_change_the_choice_alone(means, seed, data):
+    """What runs, and for how long, is as without them; the choice is no rival only if each rival was given up."""
+    count = len(means)
+    rivals = data.draw(st.sets(st.sampled_from(range(count))))
+    plain, beside = Field(means, 0.3, probes=8, seed=seed), Field(means, 0.3, probes=8, seed=seed)
+    without, ranked = race(count, plain, MSE), race(count, beside, MSE, rivals=rivals)
+    assert plain.ran == beside.ran and dict(without) == dict(ranked)
+    left = {number for number, index in beside.ran if index == max(index for _, index in beside.ran)}
+    if ranked[0][0] not in rivals:
+        assert ranked == without
+    else:
+        assert ranked[0][1] == min(value for number, value in ranked if number in rivals and number in left)

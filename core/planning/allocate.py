@@ -11,7 +11,7 @@ from ..errors import AllocationError
 from ..host import Host, Prompt
 from ..pruning import Bank
 from ..runtime import applied
-from ..schedule import Target
+from ..schedule import StageSchedule, Target
 from .allocation import STRATEGIES, Allocation, Candidate, Entry, Request, Strategy, register_strategy
 from .costs import TOLERANCE, Budget
 from .defaults import DEFAULT_PROBES, DEFAULT_TARGET, partition_for, sampling_for
@@ -19,6 +19,7 @@ from .fitness import Fitness, Measure, fitness_of
 from .joint import JumpTable
 from .mosaic import MosaicSettings
 from .partitions import Stages
+from .rivals import rivals_within
 from .table import ErrorTable
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def allocate(
     mosaic: MosaicSettings | None = None,
     fitness: str | Fitness | Measure = "latent_mse",
     judge: Judge | None = None,
+    rivals: Sequence[StageSchedule] = (),
 ) -> Allocation:
     """Choose a level for each stage under a budget over the steps that the sampler executes.
 
@@ -91,10 +93,14 @@ def allocate(
         mosaic: parameters of MosaicDiff's closed form.
         fitness: what `joint` and `steps` choose by, as for `search`, against a dense run on a fine grid.
         judge: what the fitnesses `frechet` and `accuracy` ask.
+        rivals: schedules within the same budget that the choice of `joint` or `steps` must not be worse than: one of
+            them is the choice, unless a plan is clearly better. Those that list no steps run at the sampler's own, as
+            many as they were planned for, or else `steps`. `steps` heeds dense ones alone.
 
     Raises:
         AllocationError: no level is cheap enough, a stage is visited by no step, `table` was measured otherwise, the
-            strategy takes no fitness, or the samples that it would choose by are not finite.
+            strategy takes no fitness or no rivals, a rival is too dear, or the samples that it would choose by are not
+            finite.
         FitnessError: a fitness that cannot be computed.
         ScheduleError: boundaries or levels that make no schedule of this bank.
     """
@@ -123,8 +129,14 @@ def allocate(
         raise AllocationError(
             f"strategy {strategy!r} takes no `fitness`; `joint` and `steps` do, and `search` finds levels for any."
         )
+    if default is not None and len(rivals):
+        raise AllocationError(
+            f"strategy {strategy!r} takes no `rivals`, got {len(rivals)}; `joint` and `steps` do. Leave them out."
+        )
     partition = partition_for(sampling, bank, stages, empty, default or 1, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
         budget = Budget.of(wanted, sampling, pruner)
-        return STRATEGIES[strategy].run(Request(sampling, bank, budget, partition, pruner, table, jumps, chosen))
+        beside = rivals_within(rivals, budget, sampling, bank)
+        request = Request(sampling, bank, budget, partition, pruner, table, jumps, chosen, beside)
+        return STRATEGIES[strategy].run(request)

@@ -24,14 +24,14 @@ class Candidate:
     Args:
         name: what chose it.
         levels: of its stages; of its steps where these are chosen too.
-        predicted: its predicted error.
+        predicted: its predicted error; None of a rival, which no table tells of.
         measured: its error on held-out seeds, or its fitness.
         final: the same on fresh seeds (of `measured`: on those and the held-out ones), if it was run once more.
     """
 
     name: str
     levels: tuple[float, ...]
-    predicted: float
+    predicted: float | None
     measured: float
     final: float | None = None
 
@@ -82,11 +82,9 @@ class Allocation:
         lines = [str(self.schedule), budget]
         for candidate in self.candidates:
             levels = ", ".join(f"{level:g}" for level in candidate.levels)
+            predicted = "" if candidate.predicted is None else f"predicted {candidate.predicted:.2e}, "
             final = "" if candidate.final is None else f", in the end {candidate.final:.2e}"
-            lines.append(
-                f"  {candidate.name:<12} [{levels}]: predicted {candidate.predicted:.2e}, "
-                f"held-out {candidate.measured:.2e}{final}"
-            )
+            lines.append(f"  {candidate.name:<12} [{levels}]: {predicted}held-out {candidate.measured:.2e}{final}")
         return "\n".join(lines)
 
 
@@ -103,6 +101,7 @@ class Request:
         table: an error table of the same stages, levels and sampling, if there is one already.
         jumps: prices of jumps of the same levels and sampling, if they are there already.
         fitness: what plans of steps are chosen by.
+        rivals: schedules with steps, within the budget, that a plan of steps must not be worse than.
     """
 
     sampling: Sampling
@@ -113,6 +112,7 @@ class Request:
     table: ErrorTable | None = None
     jumps: JumpTable | None = None
     fitness: Fitness = field(default_factory=lambda: fitness_of("latent_mse"))
+    rivals: tuple[StageSchedule, ...] = ()
 
     @property
     def calls(self) -> tuple[int, ...]:

@@ -3,12 +3,15 @@
 The best of many candidates on a handful of probes is partly the luckiest, the more so where the errors of few images
 make up most of a mean. So the best few are run once more, each on the same new probes, and whichever is clearly behind
 is given up (racing, as of Maron and Moore, "Hoeffding races", 1993, by standard errors of paired differences).
+
+What a choice must not be worse than races too, as a rival. Whoever races to the end is not clearly behind, so a rival
+that does is taken: better to do what another way does than to lose to it by chance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,11 +51,16 @@ class Finalist:
 
 
 def race(
-    count: int, statistics_of: Callable[[int, int], Tensor], fitness: Fitness, rounds: int = ROUNDS
+    count: int,
+    statistics_of: Callable[[int, int], Tensor],
+    fitness: Fitness,
+    rounds: int = ROUNDS,
+    rivals: Collection[int] = (),
 ) -> list[tuple[int, float]]:
     """Candidates by their number, the choice first, each with its fitness over the probes that it ran.
 
-    Those that were given up come last, the earliest at the end: their values are of fewer probes.
+    The choice is the best of those that are left, or the best rival among them. Those that were given up come last, the
+    earliest at the end: their values are of fewer probes.
 
     Args:
         count: of candidates, at least one.
@@ -60,6 +68,7 @@ def race(
             for all candidates, shape (probes, numbers).
         fitness: what is less the better a candidate is.
         rounds: at most.
+        rivals: numbers of those that another must be clearly ahead of to be the choice.
     """
     racing, given_up = [Finalist(number) for number in range(count)], list[Finalist]()
     for index in range(rounds):
@@ -71,7 +80,13 @@ def race(
         given_up = behind + given_up
         if len(racing) == 1:
             break
-    return [(each.number, each.value(fitness)) for each in (*racing, *given_up)]
+    return [(each.number, each.value(fitness)) for each in (*_choice_first(racing, rivals), *given_up)]
+
+
+def _choice_first(racing: Sequence[Finalist], rivals: Collection[int]) -> list[Finalist]:
+    """Those that are left, the best first, or the best rival: the best is not clearly ahead of any of them."""
+    choice = next((each for each in racing if each.number in rivals), racing[0])
+    return [choice, *(each for each in racing if each is not choice)]
 
 
 def _clearly_behind(candidate: Finalist, best: Finalist, fitness: Fitness) -> bool:

@@ -1,7 +1,7 @@
 """Steps and levels together: which noise levels to visit, and what to run there, under one budget."""
 
 from .choose import Objective, Plan, objectives, plans
-from .jumps import JumpTable, grid_points, measure_jumps
+from .jumps import JumpTable, falling_taus, grid_points, measure_jumps
 from .program import best_path
 from .runs import Runs
 
@@ -11,6 +11,7 @@ __all__ = [
     "Plan",
     "Runs",
     "best_path",
+    "falling_taus",
     "grid_points",
     "measure_jumps",
     "objectives",

@@ -58,6 +58,22 @@ class JumpTable:
     origin: TableOrigin
 
 
+def falling_taus(host: Host, steps: int) -> list[float]:
+    """Noise levels of a sampler's own steps.
+
+    Raises:
+        AllocationError: the sampler makes more than one call a step.
+    """
+    taus = host.taus(steps)
+    if len(taus) != steps or any(noisier <= cleaner for noisier, cleaner in pairwise(taus)):
+        raise AllocationError(
+            f"steps and levels together need a sampler with one call a step and falling noise levels; this one visits "
+            f"{len(taus)} in {steps} steps. Use DPMSolverMultistepScheduler, DDIMScheduler or "
+            "FlowMatchEulerDiscreteScheduler."
+        )
+    return taus
+
+
 def measure_jumps(sampling: Sampling, pruner: StagePruner, points: int) -> JumpTable:
     """One call of each level at each of `points` noise levels, as the sampler spaces so many steps.
 
@@ -69,14 +85,7 @@ def measure_jumps(sampling: Sampling, pruner: StagePruner, points: int) -> JumpT
     Raises:
         AllocationError: the sampler makes more than one call a step, or the dense trajectories are not finite.
     """
-    grid = sampling.host.taus(points)
-    if len(grid) != points or any(noisier <= cleaner for noisier, cleaner in pairwise(grid)):
-        raise AllocationError(
-            f"steps and levels together need a sampler with one call a step and falling noise levels; this one visits "
-            f"{len(grid)} in {points} steps. Use DPMSolverMultistepScheduler, DDIMScheduler or "
-            "FlowMatchEulerDiscreteScheduler."
-        )
-    host = sampling.host.visiting(grid, first_order=True)
+    host = sampling.host.visiting(falling_taus(sampling.host, points), first_order=True)
     grid = host.taus(points)
     levels = [*host.noise_levels(grid), NoiseLevel(1.0, 0.0)]
     sparsities = pruner.bank.sparsities

@@ -19,6 +19,7 @@ from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, objective
 from ..joint.choose import nearest_path, plan_of
 from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
+from ..rivals import Calls, calls_of
 from ..sampling import Sampling
 from ..table import TableOrigin
 
@@ -39,17 +40,28 @@ def steps(request: Request) -> Allocation:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A plan and what a run showed.
+    """A schedule and what a run showed.
 
     Args:
-        plan: what was run.
-        schedule: that runs it.
+        name: what made it.
+        levels: of its steps.
+        predicted: see `Candidate`.
+        schedule: what was run.
         value: the fitness, on held-out probes.
+        rival: whether it was given, as what the choice must not be worse than.
     """
 
-    plan: Plan
+    name: str
+    levels: tuple[float, ...]
+    predicted: float | None
     schedule: StageSchedule
-    value: float
+    value: float = math.nan
+    rival: bool = False
+
+    @property
+    def pruned(self) -> bool:
+        """At some step."""
+        return any(self.levels)
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,19 @@ class _Problem:
         """That runs a plan."""
         return plan.schedule(self.request.bank.edges)
 
+    def of_plan(self, plan: Plan) -> _Tried:
+        """Before it is tried."""
+        return _Tried(plan.name, plan.levels, plan.predicted, self.schedule(plan))
+
+    @property
+    def rivals(self) -> list[_Tried]:
+        """Before they are tried. Where only steps are chosen, a pruned schedule is none."""
+        found = []
+        for number, schedule in enumerate(self.request.rivals, 1):
+            levels = tuple(level for _, level in calls_of(schedule))
+            found.append(_Tried(f"rival {number}", levels, None, schedule, rival=True))
+        return [each for each in found if not (self.dense and each.pruned)]
+
     def jumps(self) -> JumpTable:
         """The request's, if they were measured with what new ones would be, or new ones."""
         sampling, known = self.request.sampling, self.request.jumps
@@ -149,9 +174,7 @@ def _planned(problem: _Problem, strategy: str) -> Allocation:
     if math.isinf(tried[0].value):
         raise AllocationError("no plan's samples are finite: the levels of this bank break the model.")
     ranked = _last_choice(problem, tried)
-    candidates = tuple(
-        Candidate(each.plan.name, each.plan.levels, each.plan.predicted, each.value, final) for each, final in ranked
-    )
+    candidates = tuple(Candidate(each.name, each.levels, each.predicted, each.value, final) for each, final in ranked)
     return problem.request.planned(strategy, ranked[0][0].schedule, candidates, table)
 
 
@@ -170,7 +193,7 @@ def _too_small(problem: _Problem, strategy: str) -> str:
 
 
 def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Tried, float | None]]:
-    """The best few by the held-out probes are run again on fresh ones, the choice first; the others follow."""
+    """The best few by the held-out probes, and rivals, are run again on fresh ones, the choice first; others follow."""
     finalists = _finalists(tried)
     if len(finalists) == 1:
         return [(each, None) for each in tried]
@@ -183,35 +206,39 @@ def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Trie
                 rounds[index] = problem.runs(probes, on_run=lambda: bar.update(1))
             return rounds[index].statistics(finalists[number].schedule)
 
-        ranked = race(len(finalists), statistics_of, problem.request.fitness)
+        rivals = [number for number, each in enumerate(finalists) if each.rival]
+        ranked = race(len(finalists), statistics_of, problem.request.fitness, rivals=rivals)
     others = [each for each in tried if each not in finalists]
     return [(finalists[number], value) for number, value in ranked] + [(each, None) for each in others]
 
 
 def _finalists(tried: Sequence[_Tried]) -> list[_Tried]:
-    """The best few, a pruned plan and a dense one among them: those alike are near each other in error too."""
+    """The best few, a pruned plan and a dense one among them, as those alike are near each other in error too; and
+    every rival.
+    """
     finite = [each for each in tried if math.isfinite(each.value)]
-    chosen = finite[:FINALISTS]
-    for kind in (True, False):
-        best = next((each for each in finite if _is_pruned(each.plan) is kind), None)
-        if best is not None and best not in chosen:
-            chosen.append(best)
-    return chosen
+    best = [next((each for each in finite if each.pruned is kind), None) for kind in (True, False)]
+    chosen = [*finite[:FINALISTS], *(each for each in best if each), *(each for each in tried if each.rival)]
+    return list(dict.fromkeys(chosen))
 
 
 def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
-    """The best plans by each objective, small changes of some of them, and the corners, run on held-out probes."""
+    """Rivals, the best plans by each objective, small changes of some of them, and the corners, run on held-out
+    probes; those that run alike once.
+    """
     found = plans(table, problem.costs, problem.budget, objectives(table.sparsities, problem.dense))
-    corners = _corners(problem, table)
-    most = 2 * len(found) + len(problem.refinements) * ROUNDS * TRIES + len(corners)
+    corners, rivals = _corners(problem, table), problem.rivals
+    most = 2 * len(found) + len(problem.refinements) * ROUNDS * TRIES + len(corners) + len(rivals)
     with progress.bar(most, "running plans", "plan") as bar:
         if found:
             found += _refined(
                 problem, table, found, problem.runs(problem.probes(held_out=False), lambda: bar.update(1))
             )
         held_out = problem.runs(problem.probes(held_out=True), lambda: bar.update(1))
-        every = [(plan, problem.schedule(plan)) for plan in (*found, *corners)]
-        return [_Tried(plan, schedule, held_out.value(schedule)) for plan, schedule in every]
+        every = dict[Calls, _Tried]()
+        for each in (*rivals, *(problem.of_plan(plan) for plan in (*found, *corners))):
+            every.setdefault(calls_of(each.schedule), each)
+        return [replace(each, value=held_out.value(each.schedule)) for each in every.values()]
 
 
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
