@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zoo
@@ -17,6 +20,8 @@ from stageprune.core.groups.check import sliced
 from stageprune.core.groups.layer import layer_at
 from stageprune.core.host import sample
 from stageprune.core.hosts.diffusers import DiffusersHost
+from stageprune.core.planning.joint import Runs
+from stageprune.core.planning.rivals import calls_of
 from stageprune.core.pruning import Bank
 from stageprune.core.schedule import StageSchedule
 
@@ -206,3 +211,35 @@ class raising:
         self.left -= 1
         if self.left == 0:
             raise self.error
+
+
+@st.composite
+def path_problems(draw: st.DrawFn) -> tuple[Tensor, list[float], float]:
+    """Prices of jumps on a small grid, costs of levels in tenths, and a budget."""
+    points, levels = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    number = st.floats(0, 10)
+    prices = torch.full((points, points + 1, levels), math.inf, dtype=torch.float64)
+    for here in range(points):
+        for there in range(here + 1, points + 1):
+            prices[here, there] = torch.tensor([draw(number) for _ in range(levels)])
+    costs = [draw(st.integers(1, 10)) / 10 for _ in range(levels)]
+    return prices, costs, draw(st.integers(0, 40)) / 10
+
+
+class PlantedErrors:
+    """Errors of runs as they are planted, and nothing is run: some by what a schedule runs, one for all others.
+
+    Probes differ a little, alike for all. `ran` lists first seed and calls of each run.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, errors: Mapping[StageSchedule, float], others: float = 1.0
+    ) -> None:
+        self.errors, self.others, self.ran = {calls_of(key): value for key, value in errors.items()}, others, []
+        monkeypatch.setattr(Runs, "statistics", lambda runs, schedule, steps=None: self.run(runs, schedule))
+
+    def run(self, runs: Runs, schedule: StageSchedule) -> Tensor:
+        self.ran.append((runs.sampling.seed, calls_of(schedule)))
+        generator = torch.Generator().manual_seed(runs.sampling.seed)
+        hard = 1 + 0.1 * torch.randn(len(runs.sampling.prompts), generator=generator, dtype=torch.float64)
+        return (hard * self.errors.get(calls_of(schedule), self.others))[:, None]

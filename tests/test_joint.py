@@ -30,10 +30,10 @@ from stageprune.core.planning.joint import (
     plans,
 )
 from stageprune.core.planning.joint.choose import nearest_path
-from stageprune.core.planning.joint.refine import refine
 from stageprune.core.planning.sampling import FRESH_APART, Sampling
+from stageprune.core.planning.strategies import joint
 from stageprune.core.runtime import applied
-from support import inside, make_pipe, same_state, state_of
+from support import PlantedErrors, inside, make_pipe, path_problems, same_state, state_of
 
 LEVELS = (0.0, 0.3, 0.6)
 PROMPTS = [1, 2, 3, 4, 5, 6]
@@ -113,20 +113,8 @@ def test_prices_of_what_cannot_be(table):
 # The choice.
 
 
-@st.composite
-def problems(draw):
-    points, levels = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    number = st.floats(0, 10)
-    prices = torch.full((points, points + 1, levels), math.inf, dtype=torch.float64)
-    for here in range(points):
-        for there in range(here + 1, points + 1):
-            prices[here, there] = torch.tensor([draw(number) for _ in range(levels)])
-    costs = [draw(st.integers(1, 10)) / 10 for _ in range(levels)]
-    return prices, costs, draw(st.integers(0, 40)) / 10
-
-
 @settings(deadline=None)
-@given(problems())
+@given(path_problems())
 def test_the_best_path_is_brute_force(problem):
     """Over every subset of grid points and every level at each."""
     prices, costs, budget = problem
@@ -172,44 +160,11 @@ def test_objectives_keep_to_their_levels(table):
     assert only[0].predicted >= found["squares"].predicted, "more may be chosen, so that the best is no worse"
 
 
-@settings(deadline=None)
-@given(problems(), st.integers(0, 10**6))
-def test_small_changes_only_make_it_better(problem, seed):
-    """Whatever running shows: never dearer than the budget, never worse than what it began with, nothing run twice."""
-    prices, costs, budget = problem
-    path = best_path(prices, costs, budget, resolution=10)
-    if path is None:
-        return
-    met = []
-
-    def error_of(each):
-        met.append(each)
-        assert sum(costs[level] for _, _, level in each) <= budget + 1e-9
-        assert each[0][0] == 0 and each[-1][1] == prices.shape[0]
-        assert all(jump[1] == after[0] for jump, after in itertools.pairwise(each))
-        return hash((each, seed)) % 1000
-
-    found, error = refine(path, prices, costs, budget, error_of)
-    assert met[0] == path and len(set(met)) == len(met)
-    assert error == min(hash((each, seed)) % 1000 for each in met) == hash((found, seed)) % 1000
-    only, _ = refine(((0, prices.shape[0], 0),), prices, costs, 100.0, lambda _: 0, levels=[0])
-    assert {level for _, _, level in only} == {0}
-
-
-def test_changes_of_a_plan_are_all_small_ones():
-    prices = torch.zeros(10, 11, 3)
-    tried = []
-    refine(
-        ((0, 4, 1), (4, 10, 0)), prices, [1.0, 0.7, 0.5], 1.7, lambda path: tried.append(path) or 0, rounds=1, tries=99
-    )
-    shifts = {((0, place, 1), (place, 10, 0)) for place in (2, 3, 5, 6)}
-    levels = {((0, 4, 0), (4, 10, 1)), ((0, 4, 2), (4, 10, 0)), ((0, 4, 1), (4, 10, 1))}
-    assert set(tried[1:]) == shifts | levels | {((0, 10, 1),)}
-
-
 def test_a_path_over_given_noise_levels(table):
     path = nearest_path(table, [table.taus[0] + 0.001, table.taus[3] - 0.002, table.taus[6]], 1)
     assert path == ((0, 3, 1), (3, 6, 1), (6, POINTS, 1))
+    late = nearest_path(table, [table.taus[2], table.taus[6]], 1)
+    assert late == ((0, 6, 1), (6, POINTS, 1)), "as many calls, though the first is not where the grid begins"
 
 
 @given(
@@ -263,6 +218,28 @@ def test_steps_and_levels_know_all_that_steps_alone_do(bank):
     tried = {candidate.measured for candidate in joint.candidates}
     assert any(candidate.name == "dense, refined" for candidate in steps.candidates)
     assert {candidate.measured for candidate in steps.candidates} <= tried
+
+
+def test_corners_have_the_usual_steps_too(dit, bank):
+    """Of the levels that pay for as many, the densest; and what a budget pays for at most, however odd."""
+    found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.8, prompts=PROMPTS, steps=12)
+    levels = {each.name: each.levels for each in found.candidates if each.name.startswith(("fewer steps", "one level"))}
+    dense = {"fewer steps": 9, "fewer steps, 8": 8, "fewer steps, 4": 4}  # nine fit
+    assert levels == {
+        **{name: (0.0,) * count for name, count in dense.items()},
+        "one level, 12 steps": (0.3,) * 12,
+    }
+
+
+def test_a_corner_may_be_the_best_to_begin_with(dit, bank, table, monkeypatch):
+    """On the grid, as plans are: its steps are moved and its levels changed from there."""
+    corner = StageSchedule.uniform(0.3).with_taus(DiffusersHost(dit).taus(4))
+    PlantedErrors(monkeypatch, {corner: 0.5})
+    begun = []
+    monkeypatch.setattr(joint, "refine", lambda path, *_: begun.append(path) or (path, 0.0))
+    found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.8, prompts=PROMPTS, steps=4)
+    assert found.candidates[0].name == "one level, 4 steps" and found.schedule == corner
+    assert begun[0] == tuple((here, here + 10, 1) for here in (0, 10, 20, 30)), "among 40 points"
 
 
 def test_the_best_few_are_run_again_on_fresh_seeds(dit, bank):

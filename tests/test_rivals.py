@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from diffusers import HeunDiscreteScheduler
 
 import stageprune
@@ -14,9 +13,8 @@ from stageprune.core.errors import AllocationError, ScheduleError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import allocate
 from stageprune.core.planning.final import ROUNDS
-from stageprune.core.planning.joint import Runs
 from stageprune.core.planning.rivals import calls_of
-from support import make_pipe
+from support import PlantedErrors, make_pipe
 
 PROMPTS = [1, 2, 3, 4, 5, 6]
 LEVELS = (0.0, 0.3, 0.6)
@@ -47,26 +45,12 @@ def choose(host, bank, **options):
     return allocate(host, bank, **{"strategy": "joint", "target": 0.6, "prompts": PROMPTS, "steps": 5, **options})
 
 
-class World:
-    """Errors as they are planted: some by what a schedule runs, one for all others."""
-
-    def __init__(self, monkeypatch, errors, others=1.0):
-        self.errors, self.others, self.ran = {calls_of(key): value for key, value in errors.items()}, others, []
-        monkeypatch.setattr(Runs, "statistics", lambda runs, schedule, steps=None: self.run(runs, schedule))
-
-    def run(self, runs, schedule):
-        self.ran.append((runs.sampling.seed, calls_of(schedule)))
-        generator = torch.Generator().manual_seed(runs.sampling.seed)
-        hard = 1 + 0.1 * torch.randn(len(runs.sampling.prompts), generator=generator, dtype=torch.float64)
-        return (hard * self.errors.get(calls_of(schedule), self.others))[:, None]
-
-
 def names(found):
     return [candidate.name for candidate in found.candidates]
 
 
 def test_a_rival_that_is_better_than_all_plans_is_chosen(host, bank, jumps, monkeypatch):
-    World(monkeypatch, {RIVAL: 0.5})
+    PlantedErrors(monkeypatch, {RIVAL: 0.5})
     found = choose(host, bank, jumps=jumps, rivals=[RIVAL])
     assert found.schedule == RIVAL and found.strategy == "joint" and found.schedule.planned_steps == 5
     best = found.candidates[0]
@@ -79,7 +63,7 @@ def test_a_rival_that_is_better_than_all_plans_is_chosen(host, bank, jumps, monk
 def test_one_that_is_worse_is_not(host, bank, jumps, monkeypatch):
     """And changes nothing: not the choice, nor what is known of the others."""
     with monkeypatch.context() as patched:
-        World(patched, {RIVAL: 2.0})
+        PlantedErrors(patched, {RIVAL: 2.0})
         found = choose(host, bank, jumps=jumps, rivals=[RIVAL])
     assert "rival 1" in names(found)[1:] and found.schedule != RIVAL
     alone = choose(host, bank, jumps=jumps)
@@ -93,7 +77,7 @@ def test_one_that_is_worse_is_not(host, bank, jumps, monkeypatch):
 def test_a_tie_is_the_rivals(host, bank, jumps, monkeypatch):
     """So that what costs nothing to match is matched, and curves of strategies coincide."""
     worse = RIVAL.with_taus([0.99, 0.6, 0.3])
-    World(monkeypatch, {RIVAL: 1.0, worse: 1.5})
+    PlantedErrors(monkeypatch, {RIVAL: 1.0, worse: 1.5})
     assert choose(host, bank, jumps=jumps, rivals=[worse, RIVAL]).schedule == RIVAL
 
 
@@ -101,7 +85,7 @@ def test_whoever_runs_alike_races_once(host, bank, jumps, monkeypatch):
     """A rival given twice, cut otherwise, or found by a plan too."""
     cut = StageSchedule.from_levels([0.3, 0.3, 0.0], [0.8, 0.5]).with_taus(RIVAL.taus)
     plan = choose(host, bank, jumps=jumps).schedule
-    world = World(monkeypatch, {})
+    world = PlantedErrors(monkeypatch, {})
     found = choose(host, bank, jumps=jumps, rivals=[RIVAL, cut, plan, RIVAL])
     assert sorted(name for name in names(found) if name.startswith("rival")) == ["rival 1", "rival 2"]
     tried = [calls_of(plan), calls_of(RIVAL)]
@@ -113,7 +97,7 @@ def test_one_that_lists_no_steps_runs_at_the_samplers_own(host, bank, jumps, mon
     rivals = [StageSchedule.uniform(0.3).planned_for(3), StageSchedule.uniform(0.6)]
     for rival, steps in zip(rivals, (3, 5), strict=True):
         listed = rival.with_taus(host.taus(steps))
-        World(monkeypatch, {listed: 0.5})
+        PlantedErrors(monkeypatch, {listed: 0.5})
         found = choose(host, bank, jumps=jumps, rivals=rivals)
         assert found.schedule == listed and found.spent <= 0.605
 
@@ -127,7 +111,7 @@ def test_one_that_only_the_tolerance_admits(host, bank):
 
 def test_dense_steps_heed_dense_rivals(host, bank, jumps, monkeypatch):
     dense = StageSchedule.uniform(0.0).with_taus([0.99, 0.45])
-    World(monkeypatch, {RIVAL: 0.1, dense: 0.5})
+    PlantedErrors(monkeypatch, {RIVAL: 0.1, dense: 0.5})
     found = choose(host, bank, jumps=jumps, strategy="steps", rivals=[RIVAL, dense])
     assert found.schedule == dense and "rival 1" not in names(found)
 

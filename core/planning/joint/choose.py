@@ -118,7 +118,9 @@ def plan_of(table: JumpTable, name: str, path: Path) -> Plan:
 
 
 def nearest_path(table: JumpTable, taus: Sequence[float], level: int) -> Path:
-    """The path over the grid points nearest to these noise levels, at one level."""
+    """The path over the grid points nearest to these noise levels, at one level. It begins where the grid does, as that
+    is where the noise is, in place of the list's first: it makes no call more.
+    """
     points = torch.tensor(table.taus)
-    places = sorted({int((points - tau).abs().argmin()) for tau in taus} | {0})
+    places = sorted({int((points - tau).abs().argmin()) for tau in taus[1:]} | {0})
     return tuple((here, there, level) for here, there in zip(places, [*places[1:], len(points)], strict=True))

@@ -1,26 +1,26 @@
 """Small changes of a plan, judged by real runs: what prices of single jumps do not tell.
 
 Prices add up the errors of jumps as if each began at the dense trajectory. Nearby plans differ by less than that
-mistakes, so the cheapest of them by their prices are run, the best is kept, and so on from there.
+mistakes, so some of them are run, the cheapest by their prices and others at random, the best is kept, and so on from
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from random import Random
 
 from torch import Tensor
 
+from .moves import Ground, calls_of, neighbours
 from .program import Path
 
 ROUNDS = 3
 TRIES = 10
 """Neighbours that are run in each round."""
 
-SHIFTS = (-2, -1, 1, 2)
-"""Grid points by which a step is moved."""
-
-Calls = tuple[tuple[int, int], ...]
-"""Grid point and level of each call."""
+SEED = 0
+"""Of what is drawn at random: the same call gives the same plan."""
 
 
 def refine(
@@ -45,12 +45,12 @@ def refine(
         rounds: at most.
         tries: runs a round.
     """
-    points = prices.shape[0]
-    best, least = path, error_of(path)
+    ground = Ground(prices.tolist(), costs, budget, range(len(costs)) if levels is None else sorted(levels))
+    best, least, random = path, error_of(path), Random(SEED)
     met = {path}
     for _ in range(rounds):
-        near = {_path(calls, points) for calls in _neighbours(_calls(best), points, costs, budget, levels)} - met
-        chosen = sorted(near, key=lambda each: (float(sum(prices[jump] for jump in each)), each))[:tries]
+        near = {ground.path(calls) for calls in neighbours(calls_of(best), ground)} - met
+        chosen = _some(near, ground, tries, random)
         met.update(chosen)
         found = [(error_of(each), each) for each in chosen]
         if not found or min(found)[0] >= least:
@@ -59,53 +59,8 @@ def refine(
     return best, least
 
 
-def _neighbours(
-    calls: Calls, points: int, costs: Sequence[float], budget: float, levels: Sequence[int] | None
-) -> Iterator[Calls]:
-    """One step moved; one step left out; one level changed, and if that is too dear another step made cheaper."""
-    allowed = range(len(costs)) if levels is None else sorted(levels)
-    ends = [*(place for place, _ in calls), points]
-    for number, (place, level) in enumerate(calls):
-        if number:  # the first call is where the noise is
-            yield calls[:number] + calls[number + 1 :]
-            for shift in SHIFTS:
-                if ends[number - 1] < place + shift < ends[number + 1]:
-                    yield _with(calls, number, place + shift, level)
-        at = allowed.index(level)
-        for other in (*allowed[max(at - 1, 0) : at], *allowed[at + 1 : at + 2]):
-            changed = _with(calls, number, place, other)
-            if _cost(changed, costs) <= budget:
-                yield changed
-            else:
-                yield from _cheaper_elsewhere(changed, number, costs, budget, allowed)
-
-
-def _cheaper_elsewhere(
-    calls: Calls, but: int, costs: Sequence[float], budget: float, allowed: Sequence[int]
-) -> Iterator[Calls]:
-    """The next level up at any other step that brings the plan back within the budget."""
-    for number, (place, level) in enumerate(calls):
-        if number == but:
-            continue
-        for other in allowed[allowed.index(level) + 1 :]:
-            changed = _with(calls, number, place, other)
-            if _cost(changed, costs) <= budget:
-                yield changed
-                break
-
-
-def _with(calls: Calls, number: int, place: int, level: int) -> Calls:
-    return (*calls[:number], (place, level), *calls[number + 1 :])
-
-
-def _cost(calls: Calls, costs: Sequence[float]) -> float:
-    return sum(costs[level] for _, level in calls)
-
-
-def _calls(path: Path) -> Calls:
-    return tuple((here, level) for here, _, level in path)
-
-
-def _path(calls: Calls, points: int) -> Path:
-    ends = [*(place for place, _ in calls[1:]), points]
-    return tuple((here, there, level) for (here, level), there in zip(calls, ends, strict=True))
+def _some(near: Collection[Path], ground: Ground, tries: int, random: Random) -> list[Path]:
+    """Half of them the cheapest, half drawn from the others: prices are a guess, and always make the same mistakes."""
+    ranked = sorted(near, key=lambda each: (ground.price(calls_of(each)), each))
+    cheapest, others = ranked[: tries - tries // 2], ranked[tries - tries // 2 :]
+    return cheapest + random.sample(others, min(tries - len(cheapest), len(others)))

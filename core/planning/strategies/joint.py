@@ -25,6 +25,9 @@ from ..table import TableOrigin
 
 LEAST_PROBES = 4
 
+USUAL_STEPS = (4, 8)
+"""That people run a model with, beside those that were asked for: corners have them, not only what fills a budget."""
+
 
 @register_strategy("joint", stages=None)
 def joint(request: Request) -> Allocation:
@@ -228,30 +231,34 @@ def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
     """
     found = plans(table, problem.costs, problem.budget, objectives(table.sparsities, problem.dense))
     corners, rivals = _corners(problem, table), problem.rivals
-    most = 2 * len(found) + len(problem.refinements) * ROUNDS * TRIES + len(corners) + len(rivals)
+    most = 2 * (len(found) + len(corners)) + len(problem.refinements) * (1 + ROUNDS * TRIES) + len(rivals)
     with progress.bar(most, "running plans", "plan") as bar:
-        if found:
-            found += _refined(
-                problem, table, found, problem.runs(problem.probes(held_out=False), lambda: bar.update(1))
-            )
+        begin = {plan.path: plan for plan in (*found, *(plan_of(table, each.name, each.path) for each in corners))}
+        planning = problem.runs(problem.probes(held_out=False), lambda: bar.update(1)) if begin else None
+        refined = _refined(problem, table, [*begin.values()], planning) if planning else []
         held_out = problem.runs(problem.probes(held_out=True), lambda: bar.update(1))
         every = dict[Calls, _Tried]()
-        for each in (*rivals, *(problem.of_plan(plan) for plan in (*found, *corners))):
+        for each in (*rivals, *(problem.of_plan(plan) for plan in (*found, *corners, *refined))):
             every.setdefault(calls_of(each.schedule), each)
         return [replace(each, value=held_out.value(each.schedule)) for each in every.values()]
 
 
 def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
-    """What else could be done with the budget: one level throughout, dense too, with the steps that it pays for."""
+    """What else could be done with the budget: one level throughout, dense too, with the steps that it pays for, or the
+    usual ones where they are fewer. Of the levels that afford as many, the densest.
+    """
     sampling = problem.request.sampling
     lowest: dict[int, int] = {}  # steps -> level
     for level, cost in enumerate(problem.costs[:1] if problem.dense else problem.costs):
-        lowest.setdefault(min(math.floor(problem.budget / cost + 1e-9), sampling.steps), level)
-    found = []
+        most = min(math.floor(problem.budget / cost + 1e-9), sampling.steps)
+        for count in (most, *(usual for usual in USUAL_STEPS if usual < most)):
+            lowest.setdefault(count, level)
+    found, first = [], next(iter(lowest))
     for count, level in lowest.items():
         taus = sampling.host.taus(count) if count else []
         if taus and len(taus) == count:
-            name = f"one level, {count} steps" if level else "fewer steps"
+            dense = "fewer steps" if count == first else f"fewer steps, {count}"
+            name = f"one level, {count} steps" if level else dense
             path = plan_of(table, name, nearest_path(table, taus, level))
             levels = (table.sparsities[level],) * count
             found.append(replace(path, taus=tuple(taus), levels=levels))
@@ -259,7 +266,14 @@ def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
 
 
 def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes: Runs) -> list[Plan]:
-    """Small changes that runs show to be better: of the best plan, of the best pruned one and of the best dense one."""
+    """Small changes that runs show to be better: of the best plan, of the best pruned one and of the best dense one.
+
+    Args:
+        problem: what is planned.
+        table: prices of jumps.
+        found: plans on the grid, those of corners too.
+        probes: to plan with.
+    """
 
     def value_of(plan: Plan) -> float:
         return probes.value(problem.schedule(plan))
@@ -267,7 +281,7 @@ def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes:
     def value_along(path: Path) -> float:
         return value_of(plan_of(table, "refined", path))
 
-    known, begun, refined = {plan.path for plan in found}, set[tuple[Path, tuple[int, ...] | None]](), []
+    begun, refined = set[tuple[Path, tuple[int, ...] | None]](), []
     for refinement in problem.refinements:
         begin = [plan for plan in found if _is_pruned(plan) in refinement.kinds]
         if not begin:  # not one dense step fits
@@ -277,9 +291,7 @@ def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes:
             continue
         begun.add((best.path, refinement.levels))
         path, _ = refine(best.path, table.final, problem.costs, problem.budget, value_along, refinement.levels)
-        if path not in known:
-            known.add(path)
-            refined.append(plan_of(table, refinement.name, path))
+        refined.append(plan_of(table, refinement.name, path))
     return refined
 
 
