@@ -268,7 +268,8 @@ def allocate(
         levels: for `hand`, the sparsity of each stage, noisiest first; checked against `target` if that is given.
         seed: first probe seed.
         batch_size: probes that run together.
-        table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and size.
+        table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance, size,
+            sampler and dtype.
         jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
         fitness: what `joint` and `steps` choose by: a name or function, as for `search`. `latent_mse`, the default, is

@@ -8,6 +8,7 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -286,6 +287,11 @@ def test_an_error_table_survives_json(measured):
     assert (table.steps, table.origin.guidance, table.origin.size) == (5, 1.5, (16, 16))
     with pytest.raises(AllocationError, match="no error table, or one of another version: 'origin'"):
         ErrorTable.from_dict({key: value for key, value in table.to_dict().items() if key != "origin"})
+    data = json.loads(json.dumps(table.to_dict()))
+    for name in ("settings", "taus", "dtype"):
+        del data["origin"][name]
+    with pytest.raises(AllocationError, match=r"not say with which settings, taus, dtype .* earlier.*Measure a new"):
+        ErrorTable.from_dict(data)
 
 
 def test_a_table_serves_another_target(dit, calibrated_bank, measured, tmp_path):
@@ -303,6 +309,9 @@ def test_a_table_serves_another_target(dit, calibrated_bank, measured, tmp_path)
         ({"guidance": 4.0}, "measured with guidance 4.0, this allocation needs 1.5"),
         ({"steps": 9}, "measured with steps 9, this allocation needs 5"),
         ({"sampler": "DDPMScheduler"}, "measured with sampler DDPMScheduler"),
+        ({"settings": {}}, "measured with settings {'beta_end': None"),
+        ({"taus": (0.9,)}, r"measured with taus \(0\.9,\), this allocation needs \(0\.999, "),
+        ({"dtype": "float16"}, "measured with dtype float16, this allocation needs float32"),
         ({"method": "random"}, "measured with method random, this allocation needs obs"),
         ({"bank": "0"}, "measured with bank 0"),
     ],
@@ -345,3 +354,30 @@ def test_a_table_of_another_image_size_is_refused():
     table = allocate(small, bank, **options).table
     with pytest.raises(AllocationError, match=r"measured with size \(16, 16\), this allocation needs \(16, 24\)"):
         allocate(large, bank, **options, table=table)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "dit",
+            {"timestep_spacing": "leading"},
+            r"settings:? {'timestep_spacing': '\w+'}, this allocation needs {'timestep_spacing': 'leading'}",
+        ),
+        ("flux", {"shift": 1.7}, r"settings:? {'shift': 3\.0}, this allocation needs {'shift': 1\.7}"),
+        ("dit", None, "dtype:? float32, this allocation needs bfloat16"),
+    ],
+)
+def test_tables_of_another_spacing_shift_or_dtype_are_refused(name, change, message):
+    pipe = make_pipeline(name)
+    bank = prune(DiffusersHost(pipe), method="random", levels=[0.5], multiple=8)
+    options = {"target": 0.8, "prompts": ["red fox"] * 4 if name == "flux" else [1, 2, 3, 4], "steps": 3}
+    table = allocate(DiffusersHost(pipe), bank, **options, stages=1).table
+    jumps = allocate(DiffusersHost(pipe), bank, **options, strategy="steps").jumps
+    if change is None:
+        pipe.to(torch.bfloat16)
+    else:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **change)
+    for known in ({"table": table, "stages": 1}, {"jumps": jumps, "strategy": "steps"}):
+        with pytest.raises(AllocationError, match=message):
+            allocate(DiffusersHost(pipe), bank, **options, **known)

@@ -87,8 +87,8 @@ def allocate(
         levels: for `hand`, the sparsity of each stage, noisiest first.
         seed: first probe seed; calibration seeds start at 0, so that the default never meets them.
         batch_size: probes that run together.
-        table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and image size, to save
-            measuring it again for another target.
+        table: `Allocation.table` of an earlier call with the same bank, stages, steps, guidance and image size, sampler
+            and dtype, to save measuring it again for another target.
         jumps: `Allocation.jumps` of an earlier call, likewise, for the strategies that choose steps.
         mosaic: parameters of MosaicDiff's closed form.
         fitness: what `joint` and `steps` choose by, as for `search`, against a dense run on a fine grid.

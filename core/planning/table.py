@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class TableOrigin:
         guidance: guidance scale.
         size: of the images in pixels, height and width; None where the host cannot tell.
         sampler: class of the scheduler; None where the host cannot tell.
+        settings: of the scheduler, plain ones: spacing, shift, order of the solver; None where the host cannot tell.
+        taus: noise level of each call.
+        dtype: of the denoiser; None where the host cannot tell.
         method: what made the bank.
         bank: digest of the bank: its denoiser, orders, kept counts and consumers.
     """
@@ -36,6 +39,9 @@ class TableOrigin:
     guidance: float
     size: tuple[int, ...] | None
     sampler: str | None
+    settings: Mapping[str, Any] | None
+    taus: tuple[float, ...]
+    dtype: str | None
     method: str
     bank: str
 
@@ -43,21 +49,30 @@ class TableOrigin:
     def of(cls, host: Host, bank: Bank, steps: int, guidance: float) -> TableOrigin:
         """What a table would be measured with now."""
         told = host.describe()
-        size = told.get("size")
+        size, settings = told.get("size"), told.get("scheduler_config")
         return cls(
             steps=steps,
             guidance=float(guidance),
             size=None if size is None else tuple(size),
             sampler=told.get("scheduler"),
+            settings=None if settings is None else dict(settings),
+            taus=tuple(host.taus(steps)),
+            dtype=told.get("dtype"),
             method=bank.method,
             bank=digest_of(bank),
         )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TableOrigin:
-        """Inverse of `asdict`, of JSON."""
+        """Inverse of `asdict`, of JSON. AllocationError if it is of a version that noted less."""
+        missing = [each.name for each in fields(cls) if each.name not in data]
+        if missing:
+            raise AllocationError(
+                f"the table does not say with which {', '.join(missing)} it was measured, as those of earlier versions "
+                "do not, so that nobody can tell what it holds for. Measure a new one."
+            )
         size = data["size"]
-        return cls(**{**data, "size": None if size is None else tuple(size)})
+        return cls(**{**data, "size": None if size is None else tuple(size), "taus": tuple(data["taus"])})
 
 
 @dataclass(frozen=True)
@@ -150,14 +165,27 @@ def measure_error_table(probes: Probes, sparsities: Sequence[float], steps: int)
 def check_table(table: ErrorTable, stages: StageSchedule, bank: Bank, sampling: Sampling) -> None:
     """AllocationError if `table` was measured with anything else than a new one would be now."""
     origin = TableOrigin.of(sampling.host, bank, sampling.steps, sampling.guidance)
-    wanted = {"edges": tuple(stages.edges), "levels": bank.sparsities, **asdict(origin)}
-    found = {"edges": table.edges, "levels": table.sparsities, **asdict(table.origin)}
+    wanted = {"edges": tuple(stages.edges), "levels": bank.sparsities, **origin.__dict__}
+    differs = first_difference({"edges": table.edges, "levels": table.sparsities, **table.origin.__dict__}, wanted)
+    if differs is not None:
+        name, found, needed = differs
+        raise AllocationError(
+            f"`table` was measured with {name} {found}, this allocation needs {needed}. Leave `table` out to measure a "
+            "new one."
+        )
+
+
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name with another value, and both values; of mappings, the entries that differ."""
     for name, value in wanted.items():
-        if found[name] != value:
-            raise AllocationError(
-                f"`table` was measured with {name} {found[name]}, this allocation needs {value}. Leave `table` out to "
-                "measure a new one."
-            )
+        mine = found.get(name)
+        if mine == value:
+            continue
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            differ = sorted(key for key in {*mine, *value} if mine.get(key) != value.get(key))
+            return name, {key: mine.get(key) for key in differ}, {key: value.get(key) for key in differ}
+        return name, mine, value
+    return None
 
 
 def digest_of(bank: Bank) -> str:

@@ -21,7 +21,7 @@ from ..joint.program import Path
 from ..joint.refine import ROUNDS, TRIES, refine
 from ..rivals import Calls, calls_of
 from ..sampling import Sampling
-from ..table import TableOrigin
+from ..table import TableOrigin, first_difference
 
 LEAST_PROBES = 4
 
@@ -154,10 +154,13 @@ class _Problem:
         if known is None:
             return measure_jumps(self.probes(held_out=False), self.request.pruner, self.points)
         origin = TableOrigin.of(sampling.host, self.request.bank, sampling.steps, sampling.guidance)
-        if (len(known.taus), known.origin) != (self.points, origin):
+        measured = {**known.origin.__dict__, "grid points": len(known.taus)}
+        differs = first_difference(measured, {**origin.__dict__, "grid points": self.points})
+        if differs is not None:
+            name, found, needed = differs
             raise AllocationError(
-                "`jumps` were measured with another bank, sampler, image size, guidance or number of steps. Leave "
-                "them out to measure new ones."
+                f"`jumps` were measured with another {name}: {found}, this allocation needs {needed}. Leave them out "
+                "to measure new ones."
             )
         return known
 
