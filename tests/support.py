@@ -238,8 +238,9 @@ class PlantedErrors:
         self.errors, self.others, self.ran = {calls_of(key): value for key, value in errors.items()}, others, []
         monkeypatch.setattr(Runs, "statistics", lambda runs, schedule, steps=None: self.run(runs, schedule))
 
-    def run(self, runs: Runs, schedule: StageSchedule) -> Tensor:
-        self.ran.append((runs.sampling.seed, calls_of(schedule)))
+    def run(self, runs: Runs, schedule: StageSchedule | None) -> Tensor:
+        calls = calls_of(schedule) if schedule else ()
+        self.ran.append((runs.sampling.seed, calls))
         generator = torch.Generator().manual_seed(runs.sampling.seed)
         hard = 1 + 0.1 * torch.randn(len(runs.sampling.prompts), generator=generator, dtype=torch.float64)
-        return (hard * self.errors.get(calls_of(schedule), self.others))[:, None]
+        return (hard * self.errors.get(calls, self.others))[:, None]

@@ -45,7 +45,7 @@ def allocate(
     host: Host,
     bank: Bank,
     *,
-    target: str | float | Target | None = None,
+    target: str | float | Target | Budget | None = None,
     strategy: str = "measured",
     prompts: Sequence[Prompt] | None = None,
     steps: int | None = None,
@@ -69,7 +69,8 @@ def allocate(
         bank: the levels to choose from.
         target: `macs:0.67` is 0.67 of the MACs that the dense model would execute over the same steps, and the default;
             `latency:0.77` and `speedup:1.3` count the measured time of denoiser calls on this device instead;
-            `sparsity:0.3` the levels' sparsities. `hand` has no budget unless one is given.
+            `sparsity:0.3` the levels' sparsities. `hand` has no budget unless one is given. A `Budget` is a target
+            with what levels cost, so that several calls plan by one measurement of their times.
         strategy: `uniform`, one level everywhere; `mosaic`, MosaicDiff's closed form; `pattern:front` and the other
             fixed patterns of Diff-ES; `hand`, the given `levels`; `measured`, exact dynamic programming over a
             measured error table, whose best choices are then run on held-out seeds; or, so that the schedule lists its
@@ -118,7 +119,8 @@ def allocate(
         raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
     if (levels is not None) != (strategy == "hand"):
         raise AllocationError("strategy 'hand' needs `levels`, one a stage, noisiest first; no other takes them.")
-    wanted = Target.parse(target if target is not None else 1.0 if strategy == "hand" else DEFAULT_TARGET)
+    known = target if isinstance(target, Budget) else None
+    wanted = Target.parse(_target_of(target, strategy))
     default = STRATEGIES[strategy].stages
     if default is None and stages is not None:
         raise AllocationError(
@@ -136,7 +138,14 @@ def allocate(
     partition = partition_for(sampling, bank, stages, empty, default or 1, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
-        budget = Budget.of(wanted, sampling, pruner)
+        budget = known or Budget.of(wanted, sampling, pruner)
         beside = rivals_within(rivals, budget, sampling, bank)
         request = Request(sampling, bank, budget, partition, pruner, table, jumps, chosen, beside)
         return STRATEGIES[strategy].run(request)
+
+
+def _target_of(target: str | float | Target | Budget | None, strategy: str) -> str | float | Target:
+    """What was asked for, or the default."""
+    if target is None:
+        return 1.0 if strategy == "hand" else DEFAULT_TARGET
+    return target.target if isinstance(target, Budget) else target

@@ -1,9 +1,13 @@
-"""Strategies side by side over several budgets: which way of making images for less serves this model best."""
+"""Strategies side by side over several budgets: which way of making images for less serves this model best.
+
+Those that choose steps plan last, and are told what the others chose within the same budget, and what they chose
+themselves within smaller ones: they could do the same, so that nothing of it is clearly better than their choice.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +22,7 @@ from ..schedule import StageSchedule, Target
 from .allocate import allocate
 from .allocation import STRATEGIES, Allocation
 from .comparison import Comparison, Point
-from .costs import UNITS
+from .costs import TOLERANCE, UNITS, Budget
 from .defaults import sampling_for
 from .fitness import Fitness, Measure, fitness_of
 from .joint import JumpTable, Runs, grid_points
@@ -61,6 +65,8 @@ def compare(
 ) -> Comparison:
     """Let each strategy plan under each budget, and run what it chose on seeds that none has seen.
 
+    What levels cost is counted, or their times are measured, once for all.
+
     Args:
         host: the pipeline.
         bank: the levels to choose from.
@@ -90,7 +96,8 @@ def compare(
         host, bank, prompts=prompts, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, mosaic=mosaic
     )
     planner = _Planner(sampling, bank, chosen)
-    rows = [(target, name, planner.plan(target, name)) for target in wanted for name in dict.fromkeys(strategies)]
+    choices = planner.choices(wanted, strategies)
+    rows = [(target, name, choices[target, name]) for target in wanted for name in dict.fromkeys(strategies)]
     if all(choice is None for _, _, choice in rows):
         raise AllocationError(f"no strategy meets any of the budgets {', '.join(map(str, wanted))}. Ask for less.")
     judged = replace(sampling, prompts=sampling.prompts[:MOST_JUDGED], seed=seed + JUDGED_APART)
@@ -114,6 +121,21 @@ class _Choice:
     schedule: StageSchedule | None
     steps: int
     spent: float
+
+    @property
+    def rival(self) -> StageSchedule:
+        """It as a schedule that knows its steps."""
+        schedule = self.schedule or StageSchedule.uniform(0.0)
+        return schedule if schedule.taus else schedule.planned_for(self.steps)
+
+
+def _chooses_steps(strategy: str) -> bool:
+    return strategy in STRATEGIES and STRATEGIES[strategy].stages is None
+
+
+def _turn(strategy: str) -> tuple[bool, bool]:
+    """When a strategy plans: after those that it is told of. `joint` does all that `steps` does, so it is the last."""
+    return _chooses_steps(strategy), strategy == "joint"
 
 
 def _point(runs: Runs, strategy: str, target: Target, choice: _Choice) -> Point:
@@ -141,7 +163,7 @@ def _fewer_steps(sampling: Sampling, share: float) -> _Choice:
 
 
 class _Planner:
-    """What each strategy chooses; tables are measured once.
+    """What each strategy chooses; tables, and what levels cost, are measured once.
 
     Args:
         sampling: the pipeline with all prompts.
@@ -153,9 +175,18 @@ class _Planner:
         self.sampling, self.bank, self.fitness = sampling, bank, fitness
         self.table: ErrorTable | None = None
         self.jumps: JumpTable | None = None
+        self.counted: Budget | None = None
+        self.chosen: dict[tuple[Target, str], _Choice | None] = {}
 
-    def plan(self, target: Target, strategy: str) -> _Choice | None:
-        """None if the strategy cannot meet the budget."""
+    def choices(self, targets: Sequence[Target], strategies: Sequence[str]) -> dict[tuple[Target, str], _Choice | None]:
+        """Of each strategy under each budget, all of one kind; None where it cannot meet it."""
+        for target in sorted(targets, key=lambda each: each.share):
+            for strategy in sorted(strategies, key=_turn):
+                if (target, strategy) not in self.chosen:
+                    self.chosen[target, strategy] = self._plan(target, strategy)
+        return self.chosen
+
+    def _plan(self, target: Target, strategy: str) -> _Choice | None:
         sampling = self.sampling
         try:
             if strategy == FEWER_STEPS:
@@ -169,11 +200,11 @@ class _Planner:
         return _Choice(found.schedule, steps, found.spent)
 
     def _allocate(self, target: Target, strategy: str) -> Allocation:
-        sampling = self.sampling
+        sampling, steps_chosen = self.sampling, _chooses_steps(strategy)
         return allocate(
             sampling.host,
             self.bank,
-            target=target,
+            target=self._budget(target),
             strategy=strategy,
             prompts=sampling.prompts,
             steps=sampling.steps,
@@ -183,5 +214,20 @@ class _Planner:
             table=self.table if strategy == "measured" else None,
             jumps=self.jumps,
             mosaic=sampling.mosaic,
-            fitness=self.fitness if STRATEGIES[strategy].stages is None else "latent_mse",
+            fitness=self.fitness if steps_chosen else "latent_mse",
+            rivals=[*self._rivals(target, strategy)] if steps_chosen else (),
         )
+
+    def _budget(self, target: Target) -> Budget:
+        """Strategies that plan by different measurements of the same times could not be compared."""
+        if self.counted is None:
+            with applied(self.sampling.host, self.bank) as pruner:
+                self.counted = Budget.of(target, self.sampling, pruner)
+        return replace(self.counted, target=target)
+
+    def _rivals(self, target: Target, strategy: str) -> Iterator[StageSchedule]:
+        """What others chose within this budget, and the strategy itself within smaller ones: all that is there yet."""
+        for (budget, name), choice in self.chosen.items():
+            told = budget == target or name == strategy
+            if told and choice is not None and choice.spent <= target.share + TOLERANCE:
+                yield choice.rival
