@@ -115,30 +115,13 @@ def allocate(
         batch_size=batch_size,
         mosaic=mosaic,
     )
-    if strategy not in STRATEGIES:
-        raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
-    if (levels is not None) != (strategy == "hand"):
-        raise AllocationError("strategy 'hand' needs `levels`, one a stage, noisiest first; no other takes them.")
-    known = target if isinstance(target, Budget) else None
-    wanted = Target.parse(_target_of(target, strategy))
-    default = STRATEGIES[strategy].stages
-    if default is None and stages is not None:
-        raise AllocationError(
-            f"strategy {strategy!r} makes stages of its own, around the steps that it chooses: leave out `stages`."
-        )
     chosen = fitness_of(fitness, judge)
-    if default is not None and chosen.name != "latent_mse":
-        raise AllocationError(
-            f"strategy {strategy!r} takes no `fitness`; `joint` and `steps` do, and `search` finds levels for any."
-        )
-    if default is not None and len(rivals):
-        raise AllocationError(
-            f"strategy {strategy!r} takes no `rivals`, got {len(rivals)}; `joint` and `steps` do. Leave them out."
-        )
+    _check_strategy(strategy, stages, levels, chosen, rivals)
+    default, wanted = STRATEGIES[strategy].stages, Target.parse(_target_of(target, strategy))
     partition = partition_for(sampling, bank, stages, empty, default or 1, levels)
     bank.bind(partition)
     with applied(host, bank) as pruner:
-        budget = known or Budget.of(wanted, sampling, pruner)
+        budget = target if isinstance(target, Budget) else Budget.of(wanted, sampling, pruner)
         beside = rivals_within(rivals, budget, sampling, bank)
         request = Request(sampling, bank, budget, partition, pruner, table, jumps, chosen, beside)
         return STRATEGIES[strategy].run(request)
@@ -149,3 +132,31 @@ def _target_of(target: str | float | Target | Budget | None, strategy: str) -> s
     if target is None:
         return 1.0 if strategy == "hand" else DEFAULT_TARGET
     return target.target if isinstance(target, Budget) else target
+
+
+def _check_strategy(
+    strategy: str,
+    stages: Stages | None,
+    levels: Sequence[float] | None,
+    fitness: Fitness,
+    rivals: Sequence[StageSchedule],
+) -> None:
+    """AllocationError if there is no such strategy, or it does not take what was given."""
+    if strategy not in STRATEGIES:
+        raise AllocationError(f"`strategy` must be one of {', '.join(STRATEGIES)}; got {strategy!r}.")
+    if (levels is not None) != (strategy == "hand"):
+        raise AllocationError("strategy 'hand' needs `levels`, one a stage, noisiest first; no other takes them.")
+    if STRATEGIES[strategy].stages is None:
+        if stages is not None:
+            raise AllocationError(
+                f"strategy {strategy!r} makes stages of its own, around the steps that it chooses: leave out `stages`."
+            )
+        return
+    if fitness.name != "latent_mse":
+        raise AllocationError(
+            f"strategy {strategy!r} takes no `fitness`; `joint` and `steps` do, and `search` finds levels for any."
+        )
+    if rivals:
+        raise AllocationError(
+            f"strategy {strategy!r} takes no `rivals`, got {len(rivals)}; `joint` and `steps` do. Leave them out."
+        )

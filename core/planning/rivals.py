@@ -22,7 +22,7 @@ _DIGITS = 6
 def rivals_within(
     rivals: Sequence[StageSchedule], budget: Budget, sampling: Sampling, bank: Bank
 ) -> tuple[StageSchedule, ...]:
-    """The rivals with their steps listed, those that run alike once.
+    """The rivals with their steps listed.
 
     Args:
         rivals: with or without steps of their own.
@@ -34,7 +34,7 @@ def rivals_within(
         AllocationError: one of them is too dear, or the sampler makes more than one call a step.
         ScheduleError: one of them has a level that the bank has not.
     """
-    dense, allowed, found = len(sampling.taus), budget.target.share + TOLERANCE, dict[Calls, StageSchedule]()
+    dense, allowed, found = len(sampling.taus), budget.target.share + TOLERANCE, []
     for number, rival in enumerate(rivals, 1):
         listed = _listed(rival, sampling, bank)
         spent = budget.share(listed, listed.taus or (), dense)
@@ -44,8 +44,8 @@ def rivals_within(
                 f"{budget.unit.name} in {len(listed.taus or ())} steps, `target` {budget.target} allows {allowed:.4f}. "
                 "Leave it out, or ask for a larger share."
             )
-        found.setdefault(calls_of(listed), listed)
-    return tuple(found.values())
+        found.append(listed)
+    return tuple(found)
 
 
 def calls_of(schedule: StageSchedule) -> Calls:
