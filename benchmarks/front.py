@@ -137,7 +137,7 @@ class Runner:
         )
         best = found.candidates[0]
         self.told = {"predicted": best.predicted, "held_out": best.measured, "probes": len(self.probes(fitness))}
-        corners = [each for each in found.candidates if each.name == "fewer steps" or each.name.startswith("one level")]
+        corners = [each for each in found.candidates if each.name.startswith(("fewer steps", "one level"))]
         if way == "joint" and corners:
             corner = min(corners, key=lambda each: each.measured)
             self.told["corner"] = {"level": corner.levels[0], "steps": len(corner.levels)}
@@ -156,7 +156,7 @@ class Runner:
                 schedule = StageSchedule.from_dict(row["schedule"]) if row["schedule"] else StageSchedule.uniform(0.0)
                 found[key] = schedule if schedule.taus else schedule.planned_for(row["steps"])
         most = calls + TOLERANCE * STEPS
-        return [each for each in dict.fromkeys(found.values()) if self.calls_of(each, each.planned_steps or 0) <= most]
+        return [each for each in found.values() if self.calls_of(each, each.planned_steps or 0) <= most]
 
     def one_level(self, calls: int) -> tuple[StageSchedule, int]:
         """The best corner of `joint`, by its held-out probes."""
