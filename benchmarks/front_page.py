@@ -166,7 +166,7 @@ def verdicts(results: Results) -> str:
         measured = {key.partition("/")[2] for key in data["rows"]}
         for way in (each for each in (*OURS, "steps by Frechet", "steps", "fewer steps") if each in measured):
             found = [_outcome(_rows(data, calls), way) for calls in budgets]
-            decided = ", ".join(str(found.count(outcome)) for outcome in ("won", "tied", "lost"))
+            decided = ", ".join(str(found.count(outcome)) for outcome in ("won", "tied", "lost")) if any(found) else ""
             counts = " | ".join(
                 f"{sum(_wins(data, calls, way, metric) for calls in budgets)} of {len(budgets)}"
                 for metric in ("accuracy", "frechet")
@@ -256,10 +256,10 @@ def _rows(data: dict[str, Any], calls: int) -> dict[str, dict[str, Any]]:
 
 def _outcome(rows: dict[str, dict[str, Any]], way: str) -> str | None:
     """Whether a way has clearly less error than all others, as little as the best, or clearly more; None if it has no
-    row.
+    row, or rows are of a time when errors of single images were not kept.
     """
     others = [row for name, row in rows.items() if name != way and name.partition(", ")[0] in BY_ERROR]
-    if way not in rows or not others:
+    if way not in rows or not others or any("images" not in row for row in (rows[way], *others)):
         return None
     margins = [_margin(rows[way], row) for row in others]
     return "lost" if min(margins) < -CLEAR else "won" if min(margins) > CLEAR else "tied"
