@@ -154,7 +154,8 @@ def verdicts(results: Results) -> str:
         "\n## In short\n",
         "Budgets below that of the dense run. *Error*: won, tied or lost against the best of the ways that are not "
         f"chosen by Frechet, by {CLEAR:g} standard errors of the paired differences, image by image; the same schedule "
-        "is a tie. *Accuracy* and *Frechet*: where the row is the best of all ways, or within one image of a hundred "
+        "is a tie; empty where rows were measured before errors of single images were kept. "
+        "*Accuracy* and *Frechet*: where the row is the best of all ways, or within one image of a hundred "
         "and 2 % of the best. Plans *by Frechet* are chosen by the very distance that they are judged by here, on "
         "other images and the same judge.\n",
         "| demo | solver | way | error: won, tied, lost | accuracy | Frechet "
