@@ -38,7 +38,7 @@ from stageprune.core.schedule import StageSchedule
 
 STEPS, FINE = 20, 40
 DEAR = (2, 4, 8, 12, 16)
-CALLS = {"dit-digits": (2, 3, 4, 6, 8, 10, 13, 16, 20), "sdxl-shapes": DEAR, "flux-shapes": DEAR}
+CALLS = {"dit-digits": (2, 4, 6, 8, 12, 16, 20), "sdxl-shapes": DEAR, "flux-shapes": DEAR}
 """Budgets, in dense calls; fewer where a call is dear."""
 
 ALONE = ("uniform", "measured")

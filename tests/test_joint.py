@@ -161,9 +161,9 @@ def test_objectives_keep_to_their_levels(table):
 
 
 def test_a_path_over_given_noise_levels(table):
-    path = nearest_path(table, [table.taus[0] + 0.001, table.taus[3] - 0.002, table.taus[6]], 1)
-    assert path == ((0, 3, 1), (3, 6, 1), (6, POINTS, 1))
-    late = nearest_path(table, [table.taus[2], table.taus[6]], 1)
+    path = nearest_path(table, [table.taus[0] + 0.001, table.taus[3] - 0.002, table.taus[6]], [1, 0, 1])
+    assert path == ((0, 3, 1), (3, 6, 0), (6, POINTS, 1))
+    late = nearest_path(table, [table.taus[2], table.taus[6]], [1, 1])
     assert late == ((0, 6, 1), (6, POINTS, 1)), "as many calls, though the first is not where the grid begins"
 
 
@@ -240,6 +240,8 @@ def test_a_corner_may_be_the_best_to_begin_with(dit, bank, table, monkeypatch):
     found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.8, prompts=PROMPTS, steps=4)
     assert found.candidates[0].name == "one level, 4 steps" and found.schedule == corner
     assert begun[0] == tuple((here, here + 10, 1) for here in (0, 10, 20, 30)), "among 40 points"
+    assert len(begun) == len(set(begun)) == 3, "another pruned plan and a dense one too"
+    assert [any(level for _, _, level in path) for path in begun] == [True, True, False]
 
 
 def test_the_best_few_are_run_again_on_fresh_seeds(dit, bank):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stageprune.core.planning.joint import best_path
 from stageprune.core.planning.joint.moves import Ground, calls_of, denser, inserted, neighbours, sparser
-from stageprune.core.planning.joint.refine import refine
+from stageprune.core.planning.joint.refine import ALLOWANCE, LEAST_RUNS, refine, runs_within
 from support import path_problems
 
 
@@ -43,7 +43,7 @@ def test_changes_of_a_plan_are_all_small_ones():
     prices = torch.zeros(10, 11, 3)
     tried = []
     refine(
-        ((0, 4, 1), (4, 10, 0)), prices, [1.0, 0.7, 0.5], 1.7, lambda path: tried.append(path) or 0, rounds=1, tries=99
+        ((0, 4, 1), (4, 10, 0)), prices, [1.0, 0.7, 0.5], 1.7, lambda path: tried.append(path) or 0, runs=99, tries=99
     )
     shifts = {((0, place, 1), (place, 10, 0)) for place in (2, 3, 5, 6)}
     levels = {((0, 4, 0), (4, 10, 1)), ((0, 4, 2), (4, 10, 0)), ((0, 4, 1), (4, 10, 1))}
@@ -100,7 +100,7 @@ def test_one_step_less_and_the_others_denser():
 
 def ran(path, prices, costs, budget, **options):
     met = []
-    refine(path, prices, costs, budget, lambda each: met.append(each) or 0.0, **{"rounds": 1, "tries": 99, **options})
+    refine(path, prices, costs, budget, lambda each: met.append(each) or 0.0, **{"runs": 99, "tries": 99, **options})
     return met[1:]
 
 
@@ -113,7 +113,7 @@ def test_a_plan_that_needs_more_steps_is_found(levels):
     def error_of(path):
         return sum((there - here) ** 2 + level for here, there, level in path)
 
-    found, error = refine(((0, 8, 0),), prices, [1.0, 0.5], 4.0, error_of, levels, rounds=9, tries=30)
+    found, error = refine(((0, 8, 0),), prices, [1.0, 0.5], 4.0, error_of, levels, runs=270, tries=30)
     assert (found, error) == (even, 16)
 
 
@@ -121,7 +121,7 @@ def test_a_plan_that_needs_sparser_steps_for_one_more_is_found():
     prices = torch.zeros(8, 9, 2, dtype=torch.float64)
     prices[:, :, 1] = torch.arange(1, 9, dtype=torch.float64)[:, None]
     planted = ((0, 2, 1), (2, 4, 1), (4, 8, 0))
-    found, _ = refine(((0, 4, 0), (4, 8, 0)), prices, [1.0, 0.5], 2.0, lambda path: float(path != planted), tries=30)
+    found, _ = refine(((0, 4, 0), (4, 8, 0)), prices, [1.0, 0.5], 2.0, lambda path: float(path != planted), runs=90)
     assert found == planted
 
 
@@ -130,6 +130,30 @@ def test_half_by_price_and_half_by_chance():
     path, costs = ((0, 6, 1), (6, 12, 1), (12, 20, 1)), [1.0, 0.7, 0.5]
     every = ran(path, prices, costs, 2.2)
     ranked = sorted(every, key=lambda each: float(sum(prices[jump] for jump in each)))
-    some = ran(path, prices, costs, 2.2, tries=8)
+    some = ran(path, prices, costs, 2.2, runs=8, tries=8)
     assert some[:4] == ranked[:4] and not set(some[4:]) & set(ranked[:4]) and some[4:] != ranked[4:8]
-    assert len(set(some)) == 8 and some == ran(path, prices, costs, 2.2, tries=8), "the same each time"
+    assert len(set(some)) == 8 and some == ran(path, prices, costs, 2.2, runs=8, tries=8), "the same each time"
+
+
+def test_it_goes_on_until_nothing_nearby_is_better_or_runs_are_spent():
+    """A round without gain ends nothing while there are neighbours that did not run."""
+    prices = torch.zeros(30, 31, 1, dtype=torch.float64)
+    goal = ((0, 20, 0), (20, 30, 0))
+    begin = ((0, 8, 0), (8, 30, 0))
+
+    def error_of(path):
+        met.append(path)
+        return abs(path[0][1] - goal[0][1]) if len(path) == 2 else 99.0
+
+    for runs, tries in ((1000, 1), (1000, 10), (5, 2)):
+        met = []
+        found, error = refine(begin, prices, [1.0], 3.0, error_of, runs=runs, tries=tries)
+        if runs == 5:
+            assert len(met) == 1 + runs and error == min(map(error_of, list(met)))
+        else:
+            assert (found, error) == (goal, 0) and len(met) < runs
+
+
+def test_few_calls_are_tried_more_often():
+    assert runs_within(10, 2.0) == 2 * runs_within(10, 4.0) == ALLOWANCE // 20
+    assert runs_within(1000, 20.0) == LEAST_RUNS

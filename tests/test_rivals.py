@@ -13,7 +13,9 @@ from stageprune.core.errors import AllocationError, ScheduleError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import allocate
 from stageprune.core.planning.final import ROUNDS
+from stageprune.core.planning.joint.choose import plan_of
 from stageprune.core.planning.rivals import calls_of
+from stageprune.core.planning.strategies import joint
 from support import PlantedErrors, make_pipe
 
 PROMPTS = [1, 2, 3, 4, 5, 6]
@@ -58,6 +60,22 @@ def test_a_rival_that_is_better_than_all_plans_is_chosen(host, bank, jumps, monk
     line = next(line for line in str(found).splitlines() if "rival 1" in line)
     assert "[0.3, 0.3, 0]: held-out 5" in line and "in the end" in line
     assert json.loads(json.dumps(found.to_dict()))["candidates"][0]["predicted"] is None
+
+
+def test_a_good_one_is_improved_upon(host, bank, jumps, monkeypatch):
+    """Its steps are moved and its levels changed as those of plans are, from the grid points nearest to them."""
+    begun = []
+    on_grid = ((0, 12, 1), (12, 28, 1), (28, 40, 0))
+    near = plan_of(jumps, "", on_grid).schedule(bank.edges)
+    PlantedErrors(monkeypatch, {near: 0.5})
+    monkeypatch.setattr(joint, "refine", lambda path, *_: begun.append(path) or (path, 0.0))
+    found = choose(host, bank, jumps=jumps, rivals=[RIVAL])
+    assert begun[0] == on_grid and found.schedule == near
+    dear = RIVAL.with_levels([0.0, 0.0])  # what its tolerance admits is made to keep the budget first
+    begun.clear()
+    choose(host, bank, jumps=jumps, target=0.599, rivals=[dear])
+    costs = bank.macs(stageprune.core.groups.measure_cost(host.denoiser))
+    assert all(sum(costs[LEVELS[level]] for _, _, level in path) <= 0.599 * 5 * costs[0.0] for path in begun)
 
 
 def test_one_that_is_worse_is_not(host, bank, jumps, monkeypatch):

@@ -117,10 +117,13 @@ def plan_of(table: JumpTable, name: str, path: Path) -> Plan:
     )
 
 
-def nearest_path(table: JumpTable, taus: Sequence[float], level: int) -> Path:
-    """The path over the grid points nearest to these noise levels, at one level. It begins where the grid does, as that
-    is where the noise is, in place of the list's first: it makes no call more.
+def nearest_path(table: JumpTable, taus: Sequence[float], levels: Sequence[int]) -> Path:
+    """The path over the grid points nearest to these noise levels, each at its level. It begins where the grid does, as
+    that is where the noise is, in place of the list's first: it makes no call more.
     """
     points = torch.tensor(table.taus)
-    places = sorted({int((points - tau).abs().argmin()) for tau in taus[1:]} | {0})
-    return tuple((here, there, level) for here, there in zip(places, [*places[1:], len(points)], strict=True))
+    calls = {0: levels[0]}
+    for tau, level in zip(taus[1:], levels[1:], strict=True):
+        calls.setdefault(int((points - tau).abs().argmin()), level)
+    ends = [*sorted(calls)[1:], len(points)]
+    return tuple((here, there, calls[here]) for here, there in zip(sorted(calls), ends, strict=True))

@@ -1,8 +1,8 @@
 """Small changes of a plan, judged by real runs: what prices of single jumps do not tell.
 
-Prices add up the errors of jumps as if each began at the dense trajectory. Nearby plans differ by less than that
-mistakes, so some of them are run, the cheapest by their prices and others at random, the best is kept, and so on from
-there.
+Prices add up the errors of jumps as if each began at the dense trajectory, and as if the solver were of first order.
+Nearby plans differ by less than that mistakes, so some of them are run, the cheapest by their prices and others at
+random, the best is kept, and so on from there until nothing nearby is better.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from torch import Tensor
 from .moves import Ground, calls_of, neighbours
 from .program import Path
 
-ROUNDS = 3
+ALLOWANCE = 6400
+"""Denoiser steps of the dense model that refining one plan may take: plans of few calls are cheap to run, and gain the
+most."""
+
+LEAST_RUNS = 10
+"""However dear a run is."""
+
 TRIES = 10
-"""Neighbours that are run in each round."""
+"""Neighbours that are run before the best is moved to."""
 
 SEED = 0
 """Of what is drawn at random: the same call gives the same plan."""
@@ -30,7 +36,7 @@ def refine(
     budget: float,
     error_of: Callable[[Path], float],
     levels: Sequence[int] | None = None,
-    rounds: int = ROUNDS,
+    runs: int = LEAST_RUNS,
     tries: int = TRIES,
 ) -> tuple[Path, float]:
     """The best plan that was met, with its error; it is `path` if nothing nearby is better.
@@ -42,21 +48,33 @@ def refine(
         budget: in dense calls.
         error_of: runs a plan.
         levels: that may be used; all by default.
-        rounds: at most.
-        tries: runs a round.
+        runs: of neighbours, at most.
+        tries: runs before the best is moved to.
     """
     ground = Ground(prices.tolist(), costs, budget, range(len(costs)) if levels is None else sorted(levels))
     best, least, random = path, error_of(path), Random(SEED)
     met = {path}
-    for _ in range(rounds):
+    while runs > 0:
         near = {ground.path(calls) for calls in neighbours(calls_of(best), ground)} - met
-        chosen = _some(near, ground, tries, random)
-        met.update(chosen)
-        found = [(error_of(each), each) for each in chosen]
-        if not found or min(found)[0] >= least:
+        chosen = _some(near, ground, min(tries, runs), random)
+        if not chosen:
             break
-        least, best = min(found)
+        met.update(chosen)
+        runs -= len(chosen)
+        error, nearest = min((error_of(each), each) for each in chosen)
+        if error < least:
+            best, least = nearest, error
     return best, least
+
+
+def runs_within(probes: int, budget: float) -> int:
+    """Plans that a refinement may run.
+
+    Args:
+        probes: that each runs on.
+        budget: of a plan, in dense calls.
+    """
+    return max(int(ALLOWANCE / (probes * budget)), LEAST_RUNS)
 
 
 def _some(near: Collection[Path], ground: Ground, tries: int, random: Random) -> list[Path]:

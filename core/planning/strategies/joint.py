@@ -15,10 +15,11 @@ from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
 from ..final import FINALISTS, race
 from ..final import ROUNDS as FINAL_ROUNDS
-from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, objectives, plans
+from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, moves, objectives, plans
 from ..joint.choose import nearest_path, plan_of
+from ..joint.moves import Ground, sparser
 from ..joint.program import Path
-from ..joint.refine import ROUNDS, TRIES, refine
+from ..joint.refine import refine, runs_within
 from ..rivals import Calls, calls_of
 from ..sampling import Sampling
 from ..table import TableOrigin, first_difference
@@ -73,12 +74,14 @@ class _Refinement:
 
     Args:
         name: of what comes of it.
-        kinds: of plans to choose the best of: pruned ones (True), dense ones (False).
+        kinds: of plans to choose one of: pruned ones (True), dense ones (False).
+        place: of that plan among them, the best first.
         levels: that the changes may use, by their numbers; all by default.
     """
 
     name: str
     kinds: tuple[bool, ...] = (True, False)
+    place: int = 0
     levels: tuple[int, ...] | None = None
 
 
@@ -111,14 +114,21 @@ class _Problem:
         return self.request.budget.target.share * len(self.request.sampling.taus)
 
     @property
+    def trials(self) -> int:
+        """Small changes of a plan that are run."""
+        return runs_within(len(self.probes(held_out=False).prompts), self.budget)
+
+    @property
     def refinements(self) -> tuple[_Refinement, ...]:
         """Prices may judge dense plans and pruned ones by different mistakes, so the best of each kind is refined,
-        whichever comes first: `joint` then knows all that `steps` does.
+        whichever comes first: `joint` then knows all that `steps` does. Small changes end where none is better, so the
+        second-best pruned plan is refined too.
         """
         dense = _Refinement("dense, refined", kinds=(False,), levels=(0,))
         if self.dense:
             return (dense,)
-        return (_Refinement("refined"), _Refinement("pruned, refined", kinds=(True,)), dense)
+        pruned = (_Refinement("pruned, refined", kinds=(True,)), _Refinement("second, refined", kinds=(True,), place=1))
+        return (_Refinement("refined"), *pruned, dense)
 
     def probes(self, held_out: bool) -> Sampling:
         """The first half of the probes is for planning, the second for the choice."""
@@ -234,9 +244,10 @@ def _try(problem: _Problem, table: JumpTable) -> list[_Tried]:
     """
     found = plans(table, problem.costs, problem.budget, objectives(table.sparsities, problem.dense))
     corners, rivals = _corners(problem, table), problem.rivals
-    most = 2 * (len(found) + len(corners)) + len(problem.refinements) * (1 + ROUNDS * TRIES) + len(rivals)
+    others = (*((each.name, each.path) for each in corners), *_on_grid(problem, table, rivals))
+    begin = {plan.path: plan for plan in (*found, *(plan_of(table, *each) for each in others))}
+    most = 2 * len(begin) + len(problem.refinements) * (1 + problem.trials)
     with progress.bar(most, "running plans", "plan") as bar:
-        begin = {plan.path: plan for plan in (*found, *(plan_of(table, each.name, each.path) for each in corners))}
         planning = problem.runs(problem.probes(held_out=False), lambda: bar.update(1)) if begin else None
         refined = _refined(problem, table, [*begin.values()], planning) if planning else []
         held_out = problem.runs(problem.probes(held_out=True), lambda: bar.update(1))
@@ -262,19 +273,31 @@ def _corners(problem: _Problem, table: JumpTable) -> list[Plan]:
         if taus and len(taus) == count:
             dense = "fewer steps" if count == first else f"fewer steps, {count}"
             name = f"one level, {count} steps" if level else dense
-            path = plan_of(table, name, nearest_path(table, taus, level))
+            path = plan_of(table, name, nearest_path(table, taus, [level] * count))
             levels = (table.sparsities[level],) * count
             found.append(replace(path, taus=tuple(taus), levels=levels))
     return found
 
 
+def _on_grid(problem: _Problem, table: JumpTable, rivals: Sequence[_Tried]) -> list[tuple[str, Path]]:
+    """Rivals as plans that may be changed: over the nearest grid points, within the budget of those."""
+    ground = Ground(table.final.tolist(), problem.costs, problem.budget, range(len(problem.costs)))
+    found = []
+    for each in rivals:
+        levels = [table.sparsities.index(level) for level in each.levels]
+        calls = sparser(moves.calls_of(nearest_path(table, each.schedule.taus or (), levels)), ground)
+        if calls is not None:
+            found.append((each.name, ground.path(calls)))
+    return found
+
+
 def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes: Runs) -> list[Plan]:
-    """Small changes that runs show to be better: of the best plan, of the best pruned one and of the best dense one.
+    """Small changes that runs show to be better: of some of the best plans.
 
     Args:
         problem: what is planned.
         table: prices of jumps.
-        found: plans on the grid, those of corners too.
+        found: plans on the grid, those of corners and rivals too.
         probes: to plan with.
     """
 
@@ -286,14 +309,13 @@ def _refined(problem: _Problem, table: JumpTable, found: Sequence[Plan], probes:
 
     begun, refined = set[tuple[Path, tuple[int, ...] | None]](), []
     for refinement in problem.refinements:
-        begin = [plan for plan in found if _is_pruned(plan) in refinement.kinds]
-        if not begin:  # not one dense step fits
+        kind = [plan for plan in found if _is_pruned(plan) in refinement.kinds]
+        begin = sorted(kind, key=value_of)[refinement.place : refinement.place + 1]
+        if not begin or (begin[0].path, refinement.levels) in begun:  # not one dense step fits, or done
             continue
-        best = min(begin, key=value_of)
-        if (best.path, refinement.levels) in begun:
-            continue
-        begun.add((best.path, refinement.levels))
-        path, _ = refine(best.path, table.final, problem.costs, problem.budget, value_along, refinement.levels)
+        begun.add((begin[0].path, refinement.levels))
+        among = (problem.costs, problem.budget, value_along, refinement.levels, problem.trials)
+        path, _ = refine(begin[0].path, table.final, *among)
         refined.append(plan_of(table, refinement.name, path))
     return refined
 
