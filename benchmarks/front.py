@@ -137,7 +137,7 @@ class Runner:
         )
         best = found.candidates[0]
         self.told = {"predicted": best.predicted, "held_out": best.measured, "probes": len(self.probes(fitness))}
-        corners = [each for each in found.candidates if each.name.startswith(("fewer steps", "one level"))]
+        corners = [each for each in found.candidates if each.name.startswith("one level")]
         if way == "joint" and corners:
             corner = min(corners, key=lambda each: each.measured)
             self.told["corner"] = {"level": corner.levels[0], "steps": len(corner.levels)}
