@@ -129,7 +129,7 @@ class Runner:
 
     def row(self, key: str, choose: Any) -> None:
         """Choose a schedule and judge it on images that no strategy has seen."""
-        if not needed(self.data["rows"], key, self.again, "planner"):
+        if not needed(self.data["rows"], key, self.again, "search"):
             return
         started = time.perf_counter()
         schedule, facts = choose()
@@ -147,7 +147,7 @@ class Runner:
                 self.demo.judge, torch.cat([self.demo.judge.features(each).double() for each in images])
             ),
         }
-        self.data["rows"][key] = stamped(row, self.data["rows"].get(key), "planner")
+        self.data["rows"][key] = stamped(row, self.data["rows"].get(key), "search")
         write_results(f"strategies-{self.demo.name}", self.data)
         print(
             self.demo.name,

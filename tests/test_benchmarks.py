@@ -128,6 +128,9 @@ def test_rows_belong_to_a_state_of_the_code(tmp_path, monkeypatch):
     assert state_of(SOURCES["changed"], part="planning") == state_of(SOURCES["as it was"], part="planning")
     kinds = [state_of(SOURCES[name], part="planning", kind="planner") for name in ("as it was", "changed")]
     assert kinds[0] != kinds[1], "plans depend on the planning too"
+    for kind, same in (("planner", True), ("search", False)):
+        states = {state_of(SOURCES[name], part="planning/search", kind=kind) for name in ("as it was", "changed")}
+        assert (len(states) == 1) is same, "on searches only if they are made by one"
     provenance.code.cache_clear()
 
 
