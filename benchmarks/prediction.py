@@ -57,19 +57,21 @@ def predict(demo: Subject) -> dict[str, Any]:
         chosen = [space.levels(genome) for space, genome in genomes]
         macs = torch.tensor([float(space.cost(genome)) for space, genome in genomes])
         measured = torch.tensor([float(others.errors(levels).mean()) for levels in chosen])
-    squares = torch.tensor([table.predict(levels) for levels in chosen])
+    vectors = torch.tensor([table.predict(levels) for levels in chosen])
     rows = [
         [row[table.sparsities.index(level)] for row, level in zip(table.errors, levels, strict=True)]
         for levels in chosen
     ]
+    squares = torch.tensor([sum(row) for row in rows])
     lengths = torch.tensor([sum(error**0.5 for error in row) ** 2 for row in rows])
+    models = {"squares": squares, "lengths": lengths, "vectors": vectors}
     return {
         "stages": STAGES,
         "steps": STEPS,
         "probes": PROBES,
         "schedules": [list(levels) for levels in chosen],
         "measured": measured.tolist(),
-        "models": {"squares": _judged(squares, measured), "lengths": _judged(lengths, measured)},
+        "models": {name: _judged(predicted, measured) for name, predicted in models.items()},
         "by_macs": float(spearman_corrcoef(-macs, measured)),
     }
 

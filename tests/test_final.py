@@ -23,7 +23,10 @@ class Field:
         self.means, self.noise, self.probes, self.seed = means, noise, probes, seed
         self.ran: list[tuple[int, int]] = []
 
-    def __call__(self, number, index):
+    def __call__(self, numbers, index):
+        return [self.of(number, index) for number in numbers]
+
+    def of(self, number, index):
         self.ran.append((number, index))
         shared = torch.Generator().manual_seed(1000 * self.seed + index)
         own = torch.Generator().manual_seed(1000 * self.seed + 10 * index + number + 500)
@@ -75,8 +78,8 @@ def test_the_choice_has_the_least_of_those_left(means, seed, noise):
 
 
 def test_what_is_no_number_loses():
-    def statistics_of(number, _):
-        return torch.full((4, 1), math.nan if number == 0 else 1.0, dtype=torch.float64)
+    def statistics_of(numbers, _):
+        return [torch.full((4, 1), math.nan if number == 0 else 1.0, dtype=torch.float64) for number in numbers]
 
     assert race(2, statistics_of, MSE) == [(1, 1.0), (0, math.inf)]
 
@@ -87,7 +90,7 @@ def test_a_set_metric_is_of_all_rounds_together():
     field = Field([1.0, 2.0], noise=0.0, probes=4)
     ranked = race(2, field, spread, rounds=3)
     assert ranked[0][0] == 0 and field.ran.count((1, 0)) == 1
-    seen = torch.cat([Field([1.0], noise=0.0, probes=4)(0, index) for index in range(len(field.ran) // 2)])
+    seen = torch.cat([Field([1.0], noise=0.0, probes=4).of(0, index) for index in range(len(field.ran) // 2)])
     assert ranked[0][1] == pytest.approx(float(seen.var()))
     assert len(field.ran) >= 4, "one round of four probes cannot tell"
 

@@ -66,15 +66,21 @@ def test_table_is_what_independent_runs_give(host, fine_bank):
     with applied(host, fine_bank) as pruner:
         probes = Probes(host, pruner, stages, PROMPTS, seeds, steps=steps, guidance=GUIDANCE, batch_size=3)
         table = measure_error_table(probes, fine_bank.sparsities, steps)
+        changes = {}
         for stage, level in itertools.product(range(5), range(4)):
             pruner.schedule = stages.with_levels([SPARSITIES[level] if i == stage else 0.0 for i in range(5)])
-            errors = (_run(host, seeds, steps) - dense).square().flatten(1).mean(1)
+            changes[stage, level] = (_run(host, seeds, steps) - dense).flatten(1)
+            errors = changes[stage, level].square().mean(1)
             assert table.errors[stage][level] == pytest.approx(float(errors.mean()), rel=1e-3, abs=1e-9)
             if level:
                 assert table.standard_errors[stage][level] == pytest.approx(float(errors.std() / 8**0.5), rel=1e-2)
     assert [row[0] for row in table.errors] == [0.0] * 5
     assert all(row[3] > row[1] > 0 for row in table.errors)
-    assert table.predict([0.2, 0, 0, 0.7, 0]) == pytest.approx(table.errors[0][1] + table.errors[3][3])
+    together = (changes[0, 1] + changes[3, 3]).square().mean()
+    assert table.predict([0.2, 0, 0, 0.7, 0]) == pytest.approx(float(together), rel=1e-3)
+    half = table.interactions(0.5)[0, 1, 3, 3]
+    assert float(half) == pytest.approx(float((changes[0, 1] * changes[3, 3]).mean()) / 2, rel=1e-2, abs=1e-9)
+    assert table.predict([0.2, 0, 0, 0, 0]) == pytest.approx(table.errors[0][1])
     assert table.probes == 8 and "8 probes, 10 steps" in str(table)
 
 
@@ -195,13 +201,13 @@ def test_the_denoiser_is_restored_after_an_exception(pipe, bank, calls):
 
 def test_a_level_that_breaks_the_model_is_never_chosen(host, fine_bank, monkeypatch):
     """In half precision a level can overflow: its error is NaN, which must not sort as the best."""
-    real = Probes.errors
+    real = Probes.differences
 
-    def errors(self, levels, *args):
-        result = real(self, levels, *args)
+    def differences(self, levels, batch):
+        result = real(self, levels, batch)
         return result * float("nan") if max(levels) > 0.6 else result
 
-    monkeypatch.setattr(Probes, "errors", errors)
+    monkeypatch.setattr(Probes, "differences", differences)
     for target in (0.7, 0.6):
         found = allocate(host, fine_bank, target=target, prompts=PROMPTS, steps=5)
         assert max(found.schedule.levels) < 0.6

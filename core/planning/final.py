@@ -52,7 +52,7 @@ class Finalist:
 
 def race(
     count: int,
-    statistics_of: Callable[[int, int], Tensor],
+    statistics_of: Callable[[Sequence[int], int], Sequence[Tensor]],
     fitness: Fitness,
     rounds: int = ROUNDS,
     rivals: Collection[int] = (),
@@ -64,16 +64,17 @@ def race(
 
     Args:
         count: of candidates, at least one.
-        statistics_of: number of a candidate, round -> what the fitness keeps of this round's probes, which are the same
-            for all candidates, shape (probes, numbers).
+        statistics_of: numbers of candidates, round -> for each what the fitness keeps of this round's probes, which are
+            the same for all candidates, shape (probes, numbers).
         fitness: what is less the better a candidate is.
         rounds: at most.
         rivals: numbers of those that another must be clearly ahead of to be the choice.
     """
     racing, given_up = [Finalist(number) for number in range(count)], list[Finalist]()
     for index in range(rounds):
-        for each in racing:
-            each.rounds.append(statistics_of(each.number, index))
+        found = statistics_of([each.number for each in racing], index)
+        for each, statistics in zip(racing, found, strict=True):
+            each.rounds.append(statistics)
         racing.sort(key=lambda each: each.value(fitness))
         behind = [each for each in racing[1:] if _clearly_behind(each, racing[0], fitness)]
         racing = [each for each in racing if each not in behind]

@@ -62,26 +62,30 @@ class Probes:
         ]
 
     def errors(self, levels: Sequence[float], on_batch: Callable[[], None] | None = None) -> Tensor:
-        """Mean squared error of each probe's final latents when the stages run at `levels`, shape (probes,).
+        """Mean squared error of each probe's final latents when the stages run at `levels`, shape (probes,)."""
+        parts = []
+        for batch in range(len(self.batches)):
+            parts.append(self.differences(levels, batch).square().mean(1).cpu())
+            if on_batch:
+                on_batch()
+        return torch.cat(parts)
+
+    def differences(self, levels: Sequence[float], batch: int) -> Tensor:
+        """What running the stages at `levels` changes in the final latents of one batch of probes, float32, on the
+        host's device, shape (probes, numbers).
 
         Only what differs from dense is run: from the first pruned stage on.
         """
-        schedule = self.dense.with_levels(levels)
+        probes = self.batches[batch]
         first = next((i for i, level in enumerate(levels) if level > 0), None)
         if first is None:
-            return torch.zeros(sum(len(batch.final) for batch in self.batches))
-        parts = []
-        self.pruner.schedule = schedule
+            return torch.zeros_like(probes.final, dtype=torch.float32).flatten(1)
+        self.pruner.schedule = self.dense.with_levels(levels)
         try:
-            for batch in self.batches:
-                state = self.host.advance(batch.states[first], batch.conditions, self.guidance, self.calls)
-                difference = (state.latents - batch.final).float()
-                parts.append(difference.square().flatten(1).mean(1).cpu())
-                if on_batch:
-                    on_batch()
+            state = self.host.advance(probes.states[first], probes.conditions, self.guidance, self.calls)
         finally:
             self.pruner.schedule = self.dense
-        return torch.cat(parts)
+        return (state.latents - probes.final).float().flatten(1)
 
     def _dense_batch(self, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> _Batch:
         conditions = self.host.encode(prompts)

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import progress
 from ..errors import AllocationError
 from ..host import Host
 from ..pruning import Bank
 from ..schedule import StageSchedule
+from .interactions import error_of
 from .probes import Probes
 from .sampling import Sampling
 
@@ -77,13 +80,16 @@ class TableOrigin:
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """Mean squared error of the final latents when one stage alone runs at a level, measured on probes.
+    """Mean squared error of the final latents when one stage alone runs at a level, measured on probes, and how the
+    errors of two stages add up.
 
     Args:
         edges: stage boundaries in tau, from 1 to 0.
         sparsities: the levels.
         errors: per stage and level; 0 for dense.
         standard_errors: of those means.
+        products: for each two of the stages at levels above dense, stage by stage, the mean product of what they change
+            in the final latents: whether their errors add up or cancel. The diagonal is `errors`.
         probes: number of probes.
         origin: what it was measured with.
 
@@ -96,6 +102,7 @@ class ErrorTable:
     sparsities: tuple[float, ...]
     errors: tuple[tuple[float, ...], ...]
     standard_errors: tuple[tuple[float, ...], ...]
+    products: tuple[tuple[float, ...], ...]
     probes: int
     origin: TableOrigin
 
@@ -105,8 +112,21 @@ class ErrorTable:
         return self.origin.steps
 
     def predict(self, levels: Sequence[float]) -> float:
-        """Error of a schedule if the stages' errors simply add up."""
-        return sum(row[self.sparsities.index(level)] for row, level in zip(self.errors, levels, strict=True))
+        """Error of a schedule if what the stages change in the final latents adds up."""
+        return error_of([self.sparsities.index(level) for level in levels], self.interactions())
+
+    def interactions(self, share: float = 1.0) -> Tensor:
+        """`products` of all levels, shape (stages, levels, stages, levels), float64.
+
+        Args:
+            share: of the products of different stages. Few probes tell less of these than of what a stage does alone,
+                so that less than all of them makes better choices.
+        """
+        stages, pruned = len(self.errors), len(self.sparsities) - 1
+        products = torch.tensor(self.products, dtype=torch.float64).reshape(stages, pruned, stages, pruned)
+        between = ~torch.eye(stages, dtype=torch.bool)
+        weight = torch.ones(stages, stages, dtype=torch.float64).masked_fill(between, share)
+        return pad(products * weight[:, None, :, None], (1, 0, 0, 0, 1, 0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and reports."""
@@ -121,6 +141,7 @@ class ErrorTable:
                 sparsities=tuple(data["sparsities"]),
                 errors=tuple(tuple(row) for row in data["errors"]),
                 standard_errors=tuple(tuple(row) for row in data["standard_errors"]),
+                products=tuple(tuple(row) for row in data["products"]),
                 probes=data["probes"],
                 origin=TableOrigin.from_dict(data["origin"]),
             )
@@ -141,25 +162,38 @@ class ErrorTable:
 def measure_error_table(probes: Probes, sparsities: Sequence[float], steps: int) -> ErrorTable:
     """Run every stage at every level alone along the cached dense trajectories.
 
+    What each run changes in the final latents of a batch of probes is kept, in float32 on the CPU, until all have run.
+
     Args:
         probes: the reference trajectories; their stages are the table's rows.
         sparsities: the levels, the first 0.
         steps: the steps that the probes ran (recorded only).
     """
     stages: StageSchedule = probes.dense
-    count = len(stages.stages)
-    means, deviations = [], []
-    with progress.bar(count * (len(sparsities) - 1), "measuring stages", "run") as bar:
-        for stage in range(count):
-            errors = [torch.zeros(1)]
-            for sparsity in sparsities[1:]:
-                errors.append(probes.errors([sparsity if i == stage else 0.0 for i in range(count)]))
+    count, pruned = len(stages.stages), len(sparsities) - 1
+    every = [[level if i == stage else 0.0 for i in range(count)] for stage in range(count) for level in sparsities[1:]]
+    found = []
+    with progress.bar(len(every) * len(probes.batches), "measuring stages", "run") as bar:
+        for batch in range(len(probes.batches)):
+            changes = []
+            for levels in every:
+                changes.append(probes.differences(levels, batch).cpu())
                 bar.update(1)
-            means.append(tuple(float(error.mean()) for error in errors))
-            deviations.append(tuple(_standard_error(error) for error in errors))
+            found += [_products(of_probe) for of_probe in torch.stack(changes, 1)] if changes else []
+    products = torch.stack(found) if found else torch.zeros(1, 0, 0)
+    errors = products.diagonal(dim1=1, dim2=2).reshape(-1, count, pruned)
+    means = tuple((0.0, *row) for row in errors.mean(0).tolist())
+    deviations = tuple((0.0, *(_standard_error(errors[:, i, j]) for j in range(pruned))) for i in range(count))
     probes_run = sum(len(batch.final) for batch in probes.batches)
     origin = TableOrigin.of(probes.host, probes.pruner.bank, steps, probes.guidance)
-    return ErrorTable(tuple(stages.edges), tuple(sparsities), tuple(means), tuple(deviations), probes_run, origin)
+    every_product = tuple(tuple(row) for row in products.mean(0).tolist())
+    return ErrorTable(tuple(stages.edges), tuple(sparsities), means, deviations, every_product, probes_run, origin)
+
+
+def _products(changes: Tensor) -> Tensor:
+    """Mean product of each two rows, shape (rows, rows), float64."""
+    exact = changes.double()
+    return exact @ exact.T / exact.shape[1]
 
 
 def check_table(table: ErrorTable, stages: StageSchedule, bank: Bank, sampling: Sampling) -> None:

@@ -1,8 +1,9 @@
 """Diff-ES's evolution over levels (arXiv 2603.05105, its search loop), with the selection in rounds of EvoPress.
 
 A generation mutates the survivors, judges the new schedules together with them, and keeps the best: the best one never
-gets worse. Unlike Diff-ES it counts the budget over executed calls, judges on several fidelities, tries nothing twice,
-knows when to stop, chooses the winner on probes that the search has not seen, and can be interrupted at any moment.
+gets worse. Unlike Diff-ES it starts from what an error table says of all schedules, counts the budget over executed
+calls, judges on several fidelities, tries nothing twice, knows when to stop, chooses the winner on probes that the
+search has not seen, and can be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from ... import progress
 from ...errors import SearchError
 from ...processes import Processes
 from ...schedule import StageSchedule
 from ..allocation import Request
+from ..final import race
 from ..fitness import Fitness
 from ..sampling import Sampling
 from .initial import Init, Nursery, given_genome, initial_pool
@@ -169,8 +173,8 @@ class Evolution:
             self._initial()
             self.save()
         pool = self._offspring() if state.history else state.pool
-        # What the search must not end worse than has to reach the last round.
-        exempt = state.starts[:1] if not state.history else []
+        # What races at the end has to reach the last round.
+        exempt = state.starts if not state.history else []
         if not pool:
             state.reason = "exhausted"
             return
@@ -217,8 +221,8 @@ class Evolution:
         return made
 
     def _finals(self) -> None:
-        """The best on held-out probes. What a warm start began with is among them, and nothing that is worse than it on
-        the search probes: the winner is no worse than it on either.
+        """The best, and what a warm start began with, race on held-out probes, and on fresh ones until one is clearly
+        ahead: the best of many candidates on few probes is partly the luckiest.
         """
         state, task = self.state, self.task
         chosen = state.survivors[: task.settings.finalists]
@@ -227,20 +231,27 @@ class Evolution:
                 f"no candidate has a fitness {task.fitness.name!r} that is a finite number: the levels of this bank "
                 "break the model, or the fitness does not fit it."
             )
-        if state.starts and task.settings.finalists > 1:
-            chosen = list(dict.fromkeys([*chosen, state.starts[0]]))
-            chosen = [genome for genome in chosen if self._value(genome) <= self._value(state.starts[0])]
-        held = replace(task.request, sampling=task.held_out)
-        blocks = blocks_of(task.held_out)
-        runs = Trajectories(held, blocks, self._memory(blocks[0]))
-        ledger, count = Ledger(task.fitness), len(task.held_out.prompts)
-        whole = replace(task.settings, stop_early=False)
-        ranked = Selection(runs, ledger, whole, [count], self.processes).judge(chosen, (), len(chosen), count)
+        if task.settings.finalists > 1:
+            chosen = list(dict.fromkeys([*chosen, *state.starts]))
+
+        def statistics_of(numbers: Sequence[int], index: int) -> list[Tensor]:
+            sampling = task.held_out.fresh(index - 1) if index else task.held_out
+            return self._statistics([chosen[number] for number in numbers], sampling)
+
         state.finalists = [
-            Finalist(self.space.levels(genome), self._value(genome), ledger.value(genome, count)) for genome in ranked
+            Finalist(self.space.levels(chosen[number]), self._value(chosen[number]), value)
+            for number, value in race(len(chosen), statistics_of, task.fitness)
         ]
-        self._add(held_out=runs.steps, repeated=runs.repeated)
         self.save()
+
+    def _statistics(self, genomes: Sequence[Genome], sampling: Sampling) -> list[Tensor]:
+        """What the fitness keeps of probes that the search has not seen."""
+        task, blocks, count = self.task, blocks_of(sampling), len(sampling.prompts)
+        runs = Trajectories(replace(task.request, sampling=sampling), blocks, self._memory(blocks[0]))
+        ledger, whole = Ledger(task.fitness), replace(task.settings, stop_early=False)
+        Selection(runs, ledger, whole, [count], self.processes).judge(genomes, (), len(genomes), count)
+        self._add(held_out=runs.steps, repeated=runs.repeated)
+        return [ledger.rows[genome] for genome in genomes]
 
     def _add(self, **steps: int) -> None:
         seconds = self._before.seconds + time.perf_counter() - self._since

@@ -1,9 +1,12 @@
-"""Initial pools: random, uniform, Diff-ES's patterns, all of these, or mutants of a schedule to start warm from."""
+"""Initial pools: random, uniform, Diff-ES's patterns, all of these, what an error table likes best, or mutants of a
+schedule to start warm from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from random import Random
 from typing import NamedTuple
 
@@ -11,6 +14,9 @@ from ...errors import SearchError
 from ...schedule import StageSchedule
 from ..allocation import STRATEGIES, Request
 from ..costs import TOLERANCE
+from ..interactions import error_of
+from ..strategies.measured import probes_of, ranked_choices
+from ..table import measure_error_table
 from .mutation import TRIES, mutate
 from .settings import SearchSettings
 from .space import Genome, Space
@@ -29,6 +35,10 @@ class Pool(NamedTuple):
 
     genomes: list[Genome]
     starts: list[Genome]
+
+
+MUTANTS = 16
+"""Mutants, for each place in a pool, of which the table chooses."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,25 @@ def pattern_pool(nursery: Nursery) -> Pool:
 def hybrid_pool(nursery: Nursery) -> Pool:
     """One level everywhere, the patterns, and random genomes: the default of Diff-ES."""
     return nursery.pool(nursery.planned("uniform", *patterns()), nursery.draws(), [])
+
+
+@register_initial("measured")
+def measured_pool(nursery: Nursery) -> Pool:
+    """The best choices by an error table of the search probes, and mutants of them: those that it likes best.
+
+    Unlike `allocate`, which chooses for other probes, it takes all that the table says about two stages: nearly exactly
+    what the search probes do. The winner is chosen on others, so that choices made for these are among the starts.
+    """
+    request, space = nursery.request, nursery.space
+    table = measure_error_table(probes_of(request), request.bank.sparsities, request.sampling.steps)
+    products = table.interactions()
+    here = [space.genome(levels) for levels in ranked_choices(request, table, share=1.0).values()]
+    elsewhere = [space.genome(levels) for levels in ranked_choices(request, table, count=1).values()]
+    starts = list(dict.fromkeys([*here[:1], *elsewhere]))
+    tried = [*starts, *here, *nursery.planned("uniform")]
+    mutants = dict.fromkeys(islice(nursery.mutants(tried), MUTANTS * nursery.settings.pool))
+    likely = sorted(mutants, key=lambda genome: (error_of(genome, products), genome))
+    return nursery.pool(tried, chain(likely, nursery.draws()), starts)
 
 
 def check_init(init: Init) -> None:

@@ -109,7 +109,7 @@ def search(
         batch_size=batch_size,
         mosaic=mosaic,
     )
-    _check_probes(sampling, chosen, settings, begin)
+    _check_probes(sampling, chosen, settings)
     partition = _partition(sampling, bank, stages, empty, begin)
     bank.bind(partition)
     identity = identity_of(sampling, bank, partition, wanted, chosen, judge, settings, begin)
@@ -141,15 +141,13 @@ def _partition(sampling: Sampling, bank: Bank, stages: Stages | None, empty: str
     return partition_for(sampling, bank, stages, empty)
 
 
-def _check_probes(sampling: Sampling, fitness: Fitness, settings: SearchSettings, init: Init) -> None:
+def _check_probes(sampling: Sampling, fitness: Fitness, settings: SearchSettings) -> None:
     """SearchError if there are too few prompts for two halves, each of which the fitness can do with."""
-    half = len(sampling.prompts) // 2
-    wanted = {f"fitness {fitness.name!r}": fitness.probes, "`init` 'measured'": 4 if init == "measured" else 1}
-    why, least = max(wanted.items(), key=lambda each: each[1])
+    half, least = len(sampling.prompts) // 2, fitness.probes
     if half < least:
         raise SearchError(
-            f"{why} needs {least} search probes, and as many are held out: give at least {2 * least} `prompts` (they "
-            f"may repeat; each has a seed of its own), got {len(sampling.prompts)}."
+            f"fitness {fitness.name!r} needs {least} search probes, and as many are held out: give at least "
+            f"{2 * least} `prompts` (they may repeat; each has a seed of its own), got {len(sampling.prompts)}."
         )
     counts = probe_counts(settings, fitness, half)
     logger.info("probes of each round: %s, held out: %d", counts, len(sampling.prompts) - half)

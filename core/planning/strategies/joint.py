@@ -213,14 +213,11 @@ def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Trie
     finalists = _finalists(tried)
     if len(finalists) == 1:
         return [(each, None) for each in tried]
-    rounds: dict[int, Runs] = {}
     with progress.bar(len(finalists) * FINAL_ROUNDS, "running the best again", "plan") as bar:
 
-        def statistics_of(number: int, index: int) -> Tensor:
-            if index not in rounds:
-                probes = problem.probes(held_out=True).fresh(index)
-                rounds[index] = problem.runs(probes, on_run=lambda: bar.update(1))
-            return rounds[index].statistics(finalists[number].schedule)
+        def statistics_of(numbers: Sequence[int], index: int) -> list[Tensor]:
+            runs = problem.runs(problem.probes(held_out=True).fresh(index), on_run=lambda: bar.update(1))
+            return [runs.statistics(finalists[number].schedule) for number in numbers]
 
         rivals = [number for number, each in enumerate(finalists) if each.rival]
         ranked = race(len(finalists), statistics_of, problem.request.fitness, rivals=rivals)
