@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,13 +41,12 @@ def main() -> None:
 @torch.no_grad()
 def measure(demo: Subject) -> dict[str, Any]:
     """Per budget and share, the error of choices on other probes, over that of choices by the stages' errors alone."""
-    bank, prompts = demo.bank(), demo.demo.prompts(PROBES)
+    bank, prompts = demo.bank(), demo.demo.prompts(PROBES * SETS)
     sampling = Sampling(demo.host, prompts, STEPS, demo.recipe.guidance, seed=FIRST_SEED)
     stages = divide(f"equal-steps:{STAGES}", sampling)
     with applied(demo.host, bank) as pruner:
-        tables = [
-            table_of(replace(sampling, seed=FIRST_SEED + 1000 * number), pruner, stages) for number in range(SETS)
-        ]
+        parts = [sampling.part(begin, begin + PROBES) for begin in range(0, PROBES * SETS, PROBES)]
+        tables = [table_of(part, pruner, stages) for part in parts]
         budgets = {target: Budget.of(Target.parse(target), sampling, pruner) for target in TARGETS}
         requests = {target: Request(sampling, bank, each, stages, pruner) for target, each in budgets.items()}
         return {"targets": {str(target): chosen(request, tables) for target, request in requests.items()}}

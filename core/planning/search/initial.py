@@ -15,7 +15,7 @@ from ...schedule import StageSchedule
 from ..allocation import STRATEGIES, Request
 from ..costs import TOLERANCE
 from ..interactions import error_of
-from ..strategies.measured import probes_of, ranked_choices
+from ..strategies.measured import INTERACTION, probes_of, ranked_choices
 from ..table import measure_error_table
 from .mutation import TRIES, mutate
 from .settings import SearchSettings
@@ -145,9 +145,11 @@ def measured_pool(nursery: Nursery) -> Pool:
     request, space = nursery.request, nursery.space
     table = measure_error_table(probes_of(request), request.bank.sparsities, request.sampling.steps)
     products = table.interactions()
-    here = [space.genome(levels) for levels in ranked_choices(request, table, share=1.0).values()]
-    elsewhere = [space.genome(levels) for levels in ranked_choices(request, table, count=1).values()]
-    starts = list(dict.fromkeys([*here[:1], *elsewhere]))
+    here, elsewhere = (
+        [space.genome(levels) for levels in ranked_choices(request, table, share).values()]
+        for share in (1.0, INTERACTION)
+    )
+    starts = list(dict.fromkeys([here[0], *elsewhere]))
     tried = [*starts, *here, *nursery.planned("uniform")]
     mutants = dict.fromkeys(islice(nursery.mutants(tried), MUTANTS * nursery.settings.pool))
     likely = sorted(mutants, key=lambda genome: (error_of(genome, products), genome))

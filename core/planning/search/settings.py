@@ -61,7 +61,7 @@ class SearchSettings:
     rounds: tuple[Round, ...] = (Round(8, 0.25), Round(4))
     moves: int = 2
     max_levels: int = 2
-    patience: int | None = 8
+    patience: int | None = 4
     init: str = "measured"
     finalists: int = 4
     unique: bool = True
