@@ -31,7 +31,8 @@ PREDICTION = """
 `python benchmarks/prediction.py`: {schedules} random schedules of {stages} stages, {steps} steps; the table was
 measured on {probes} probes, the schedules ran on {probes} others. A third of the schedules fills each of three budgets,
 so that ranks *within* them are what allocation needs: there the MACs, by which alone all are ranked well, say nothing.
-Errors of stages add up as squares (as `allocate` takes them) or as lengths."""
+Errors of stages add up as squares (their sum), as lengths (all one way), or as vectors (what they change in the latents
+adds up: the table keeps the product of each two). `allocate` races the best by each."""
 
 LATENCY = """
 ## A schedule for a speed-up
