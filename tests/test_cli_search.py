@@ -70,7 +70,7 @@ def test_options(options, told, folder, monkeypatch, capsys):
         (("--init", "BANK"), "that bundle has no schedule; `stageprune allocate` makes one"),
         (("--fitness", "beauty"), "`fitness` must be one of accuracy"),
         (("--fitness", "frechet"), "fitness 'frechet' needs a `judge`"),
-        (("--prompts", "1,2,3"), "give at least 8 `prompts`"),
+        (("--prompts", "1"), "give at least 2 `prompts`"),
         (("--generations", "0"), "--generations"),
         (("--target", "0.1"), "cannot be met"),
     ],
