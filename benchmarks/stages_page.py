@@ -34,6 +34,15 @@ so that ranks *within* them are what allocation needs: there the MACs, by which 
 Errors of stages add up as squares (their sum), as lengths (all one way), or as vectors (what they change in the latents
 adds up: the table keeps the product of each two). `allocate` races the best by each."""
 
+INTERACTIONS = """
+### How much of the products should choose
+
+`python benchmarks/interactions.py`: tables of {sets} sets of {probes} probes each ({steps} steps, {stages} stages)
+choose levels by all, half or none of their products of different stages; what a choice gives is told by the tables of
+the other sets. Below: its error over that of the choice by none, geometric mean over the sets, and how many sets gain.
+Products of few probes are noisy: choosing by all of them follows the noise too. `allocate` and `search` choose by half,
+and race that choice against the one by none of them."""
+
 LATENCY = """
 ## A schedule for a speed-up
 
@@ -54,12 +63,13 @@ single one, with a judge of your own images and many probes: it is free to chang
 {least:.1f} to {most:.1f} times the latent error."""
 
 
-def page(strategies: Results, prediction: Results, latency: Results, fitness: Results) -> str:
+def page(strategies: Results, prediction: Results, interactions: Results, latency: Results, fitness: Results) -> str:
     """The whole page, of what there is."""
     parts = [HEAD]
     sections = (
         (STRATEGIES, strategies, strategies_table),
         (PREDICTION, prediction, prediction_table),
+        (INTERACTIONS, interactions, interactions_table),
         (LATENCY, latency, latency_table),
         (FITNESS, fitness, fitness_table),
     )
@@ -153,6 +163,22 @@ def prediction_table(results: Results) -> str:
             within = ", ".join(f"{rank:.3f}" for rank in found["within"])
             lines.append(f"| {name} | {way} | {found['rank']:.3f} | {within} | {ratios} |")
         lines.append(f"| {name} | *not at all: by MACs alone* | {data['by_macs']:.3f} | | |")
+    return "\n".join(lines)
+
+
+def interactions_table(results: Results) -> str:
+    """A row a demo and share, a column a budget."""
+    targets = list(next(iter(results.values()))["targets"])
+    lines = ["", f"| demo | of the products | {' | '.join(f'at {each} of the MACs' for each in targets)} |"]
+    lines.append("|---" * (2 + len(targets)) + "|")
+    for name, data in results.items():
+        for share in data["targets"][targets[0]]:
+            cells = []
+            for target in targets:
+                found = data["targets"][target][share]
+                gains = sum(ratio < 1 for ratio in found["ratios"])
+                cells.append(f"{found['mean']:.2f} ({gains} of {len(found['ratios'])})")
+            lines.append(f"| {name} | {float(share):.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     fronts = {name: data for name, data in found.items() if name.startswith("front-")}
     if fronts:
         (ROOT / "docs" / "front.md").write_text(front_page.page(fronts, ROOT / "docs"), "utf-8")
-    kinds = ("strategies", "prediction", "latency", "fitness")
+    kinds = ("strategies", "prediction", "interactions", "latency", "fitness")
     if any(of_demos(found, kind) for kind in kinds):
         page = stages_page.page(*(of_demos(found, kind) for kind in kinds))
         (ROOT / "docs" / "stages.md").write_text(page, "utf-8")
