@@ -8,7 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from stageprune.core.hosts.diffusers import DiffusersHost, reader_for
+from stageprune.core.hosts.diffusers import DiffusersHost, reader_for, timesteps
+from stageprune.core.hosts.diffusers.known import KnownValues
 from zoo import generate, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
@@ -103,3 +104,69 @@ def test_the_time_is_found_by_place_and_by_name(name):
     time = torch.tensor([0.25 * reader.scale])
     args = tuple(time if place == reader.position else None for place in range(len(names)))
     assert reader(args, {}) == reader((), {"timestep": time}) == 0.25
+
+
+@pytest.mark.parametrize(("name", "waits"), [("dit", 1), ("sd15", 1), ("sdxl", 1), ("sd3", 1), ("flux", 2 * STEPS)])
+def test_a_pipelines_timesteps_are_copied_to_the_host_once(name, waits, monkeypatch):
+    """Each copy would wait for an accelerator. FLUX's pipeline computes what it passes, by two calls a step here."""
+    copies, reading, real = [], [], timesteps.TimestepReader.__call__
+
+    def read(self, args, kwargs):
+        reading.append(True)
+        try:
+            return real(self, args, kwargs)
+        finally:
+            reading.pop()
+
+    def spied(function):
+        def copy(tensor):
+            copies.extend(reading)
+            return function(tensor)
+
+        return copy
+
+    monkeypatch.setattr(timesteps.TimestepReader, "__call__", read)
+    for copy in ("item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, copy, spied(getattr(torch.Tensor, copy)))
+    assert len(record(make_pipeline(name), 4.0)) >= STEPS
+    assert len(copies) == waits
+
+
+SEEN_AS = {
+    "element": lambda times, place: times[place],
+    "expanded": lambda times, place: times[place].expand(3),
+    "slice": lambda times, place: times[place : place + 1],
+    "reversed": lambda times, place: times.flip(0)[len(times) - 1 - place],
+    "strided": lambda times, place: times[place % 2 :: 2][place // 2].expand(2, 3),
+    "computed": lambda times, place: (times / 2)[place].expand(2) * 2,
+    "int32": lambda times, place: times.to(torch.int32)[place],
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("seen_as", SEEN_AS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_known_values_are_those_of_the_tensor(seen_as, dtype, inference):
+    """Also once its memory has been written to, or another tensor has come to its place."""
+    known = KnownValues()
+    with torch.inference_mode(inference):
+        for _ in range(5):
+            times = torch.randint(0, 256, (6,)).to(dtype)
+            for place in (0, 3, 3, 5):
+                value = SEEN_AS[seen_as](times, place)
+                got = known(value)
+                assert got in (None, float(times[place])), "None: to be read otherwise"
+                assert got is not None or value.stride() == (1,)
+                times[place] += 1
+                times.mul_(2).remainder_(251)
+            del times, value
+
+
+def test_different_values_are_not_taken_for_one():
+    known = KnownValues()
+    assert known(torch.tensor([3.0, 0.0])) is None and known(torch.tensor([])) is None
+    assert known(torch.tensor([3.0, 7.0])[1]) == 7 and known(torch.zeros(100_000)[7]) == 0
+    same = torch.tensor([3.0])
+    assert known(same) == 3 and known(same.view(torch.int32)) == same.view(torch.int32).item()
+    reader = reader_for(DiffusersHost(make_pipeline("dit")).denoiser)
+    assert reader((), {reader.argument: torch.tensor([0, 250])}) == 0.25, "the largest: 0 are clean frames"

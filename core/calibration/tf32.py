@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
-_lock = threading.Lock()
-_inside = 0
-_before: Any = None
+from ..shared_switch import SharedSwitch
 
 
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """GPU products of float32 matrices round their inputs to TF32 within the block; sums stay float32.
+def tf32_products() -> AbstractContextManager[None]:
+    """GPU products of float32 matrices round their inputs to TF32 within the block; sums stay float32."""
+    return _switch.on()
 
-    The switch is the process's. Where blocks of several threads overlap, the first to begin notes what the user had set
-    and the last to end puts it back.
-    """
-    global _inside, _before  # noqa: PLW0603  (as the switch itself is)
+
+def _turn_on() -> Callable[[], None]:
     matmul = torch.backends.cuda.matmul
     # torch 2.9 renamed the switch, and refuses to read the old one once the new one was set.
-    switch, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    with _lock:
-        if not _inside:
-            _before = getattr(matmul, switch)
-            setattr(matmul, switch, on)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                setattr(matmul, switch, _before)
+    name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, on)
+    return lambda: setattr(matmul, name, before)
+
+
+_switch = SharedSwitch(_turn_on)

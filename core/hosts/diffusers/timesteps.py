@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import StagePruneError
+from .known import KnownValues
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ CONVENTIONS: dict[str, Convention] = {
 class TimestepReader:
     """Reads tau from the arguments of a denoiser call.
 
-    The largest value counts: image-conditioned models pass 0 for clean frames. On an accelerator this waits for the
-    value once a call; the denoiser's own kernels follow it anyway.
+    The largest value counts: image-conditioned models pass 0 for clean frames. One of the scheduler's own timesteps,
+    as most pipelines pass it, is known without waiting for an accelerator (see `KnownValues`); what a pipeline has
+    computed on the device, as FLUX's does, is waited for once a call.
 
     Args:
         argument: name of the timestep argument.
@@ -57,6 +59,7 @@ class TimestepReader:
     position: int
     scale: float
     reversed: bool = False
+    known: KnownValues = field(default_factory=KnownValues, compare=False, repr=False)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """Tau of this call, in [0, 1]."""
@@ -66,7 +69,8 @@ class TimestepReader:
                 raise StagePruneError(f"the denoiser was called without `{self.argument}`; its stage cannot be told.")
             value = value[0]
         if isinstance(value, torch.Tensor):
-            value = float((value.amin() if self.reversed else value.amax()).item())
+            one = self.known(value)
+            value = (value.amin() if self.reversed else value.amax()).item() if one is None else one
         tau = float(value) / self.scale
         if math.isnan(tau):
             raise StagePruneError(f"the denoiser was called with a `{self.argument}` of NaN; its stage cannot be told.")
