@@ -17,13 +17,13 @@ on. What choosing the steps as well does is in [front.md](front.md)."""
 STRATEGIES = """
 ## Strategies
 
-`python benchmarks/strategies.py`: {steps} steps, {stages} stages, {probes} search probes and as many held out, judged
-on {sets} x {count} images. What draws at random ran with several seeds: mean and half the range over them. *Denoiser
-steps* are calls for one probe, guidance included. *Diff-ES as published* is its loop (20 individuals, 50 generations,
-4 survivors, hybrid pool) with the fitness, search probes and steps of ours, and switches of as large a share of the
-levels as its own. It chooses by the search probes alone; ours chooses among its best on the held-out ones, and its warm
-start races on fresh seeds of those, all of which its steps count. The time of Diff-ES is with shared states, which its
-own code has not."""
+`python benchmarks/strategies.py`: {steps} steps, {stages} stages, as many search probes as stand below and as many held
+out, judged on {sets} x {count} images. What draws at random ran with several seeds: mean and half the range over them.
+*Denoiser steps* are calls for one probe, guidance included. *Diff-ES as published* is its loop (20 individuals, 50
+generations, 4 survivors, hybrid pool) with the fitness, search probes and steps of ours, and switches of as large a
+share of the levels as its own. It chooses by the search probes alone; ours chooses among its best on the held-out ones,
+and its warm start races on fresh seeds of those, all of which its steps count. The time of Diff-ES is with shared
+states, which its own code has not."""
 
 PREDICTION = """
 ## What an error table predicts
@@ -97,7 +97,7 @@ def strategies_table(results: Results) -> str:
     parts = []
     for name, data in results.items():
         parts += [
-            f"\n### {name}\n",
+            f"\n### {name}, {data['probes']} search probes\n",
             "| MACs | strategy | seeds | error | accuracy | Frechet | denoiser steps | seconds |",
             "|---|---|---|---|---|---|---|---|",
         ]

@@ -32,7 +32,10 @@ from stageprune.core.planning.search.metered import MeteredHost
 from stageprune.core.runtime import applied
 from stageprune.core.schedule import StageSchedule
 
-STEPS, STAGES, PROBES = 10, 10, 8
+STEPS, STAGES = 10, 10
+PROBES = {"dit-digits": 8, "sdxl-shapes": 8, "flux-shapes": 16}
+"""Search probes, and as many held out: more where errors of single images differ more."""
+
 COUNT, SETS = 40, 3
 FIRST_SEED = 600_000
 PARTITION = f"equal-steps:{STAGES}"
@@ -62,9 +65,9 @@ class Runner:
     """One demo: its bank, dense images and rows."""
 
     def __init__(self, name: str, again: bool = False) -> None:
-        self.demo, self.again = Subject(name), again
+        self.demo, self.again, self.probes = Subject(name), again, PROBES[name]
         path = RESULTS / f"strategies-{name}.json"
-        fresh = {"demo": name, "stages": STAGES, "steps": STEPS, "probes": PROBES, "sets": SETS, "count": COUNT}
+        fresh = {"demo": name, "stages": STAGES, "steps": STEPS, "probes": self.probes, "sets": SETS, "count": COUNT}
         done = json.loads(path.read_text()) if path.exists() else {}
         same = all(done.get(key) == value for key, value in fresh.items())
         self.data = done if same else {**fresh, "rows": {}}
@@ -82,7 +85,7 @@ class Runner:
 
     def allocate(self, strategy: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
         """A schedule by formula or by table."""
-        prompts = self.demo.demo.prompts(2 * PROBES)
+        prompts = self.demo.demo.prompts(2 * self.probes)
         metered = MeteredHost(self.demo.host)
         allocation = plan(
             metered.host,
@@ -110,13 +113,13 @@ class Runner:
             guidance=self.demo.recipe.guidance,
             steps=STEPS,
             stages=PARTITION,
-            prompts=self.demo.demo.prompts(2 * PROBES),
+            prompts=self.demo.demo.prompts(2 * self.probes),
             seed=20_000 * (seed + 1),
         )
         facts, cost = result.to_dict(), result.cost
         # Its published code runs every candidate from the start, and neither checks states nor holds probes out.
         share = 1.0 if ours else 1 + cost.shared / max(cost.search, 1)
-        before = cost.start + cost.references if ours else STEPS * PROBES
+        before = cost.start + cost.references if ours else STEPS * self.probes
         course = [[before + each["steps"] * share, each["fitness"][0]] for each in facts["history"]]
         return result.schedule, {
             "macs": result.executed.share,
