@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -63,25 +64,30 @@ single one, with a judge of your own images and many probes: it is free to chang
 {least:.1f} to {most:.1f} times the latent error."""
 
 
-def page(strategies: Results, prediction: Results, interactions: Results, latency: Results, fitness: Results) -> str:
-    """The whole page, of what there is."""
+def page(found: Mapping[str, Results]) -> str:
+    """The whole page, of what there is: kind of benchmark -> its results."""
     parts = [HEAD]
-    sections = (
-        (STRATEGIES, strategies, strategies_table),
-        (PREDICTION, prediction, prediction_table),
-        (INTERACTIONS, interactions, interactions_table),
-        (LATENCY, latency, latency_table),
-        (FITNESS, fitness, fitness_table),
-    )
-    for text, results, table in sections:
+    for kind, (text, table) in sections().items():
+        results = found.get(kind)
         if results:
             first = next(iter(results.values()))
             facts = first | ({} if "schedules" not in first else {"schedules": len(first["schedules"])})
             parts.append(text.format(**facts))
             parts.append(table(results))
-    if fitness:
-        parts.append(choice(fitness))
+    if found.get("fitness"):
+        parts.append(choice(found["fitness"]))
     return "\n".join(parts) + "\n"
+
+
+def sections() -> dict[str, tuple[str, Callable[[Results], str]]]:
+    """Kind of benchmark -> what its section says, and its table; in the order of the page."""
+    return {
+        "strategies": (STRATEGIES, strategies_table),
+        "prediction": (PREDICTION, prediction_table),
+        "interactions": (INTERACTIONS, interactions_table),
+        "latency": (LATENCY, latency_table),
+        "fitness": (FITNESS, fitness_table),
+    }
 
 
 def choice(fitness: Results) -> str:

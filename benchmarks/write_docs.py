@@ -39,10 +39,9 @@ def main() -> None:
     fronts = {name: data for name, data in found.items() if name.startswith("front-")}
     if fronts:
         (ROOT / "docs" / "front.md").write_text(front_page.page(fronts, ROOT / "docs"), "utf-8")
-    kinds = ("strategies", "prediction", "interactions", "latency", "fitness")
-    if any(of_demos(found, kind) for kind in kinds):
-        page = stages_page.page(*(of_demos(found, kind) for kind in kinds))
-        (ROOT / "docs" / "stages.md").write_text(page, "utf-8")
+    stages = {kind: of_demos(found, kind) for kind in stages_page.sections()}
+    if any(stages.values()):
+        (ROOT / "docs" / "stages.md").write_text(stages_page.page(stages), "utf-8")
     into_readme("results", short_table(of_demos(found, "quality")))
     if fronts:
         into_readme("front", front_page.short(fronts))
