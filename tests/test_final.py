@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageprune import Fitness
-from stageprune.core.planning.final import ROUNDS, race
+from stageprune.core.planning.final import race, rounds_for
 from stageprune.core.planning.fitness import fitness_of
 
 MSE = fitness_of("latent_mse")
+ROUNDS = 4
 
 
 class Field:
@@ -37,7 +38,7 @@ class Field:
 def test_whoever_is_clearly_behind_runs_no_further():
     """Probes differ far more than candidates do; what both share cancels."""
     field = Field([1.5, 1.0, 1.02, 3.0])
-    ranked = race(4, field, MSE)
+    ranked = race(4, field, MSE, ROUNDS)
     rounds = {number: sum(each == number for each, _ in field.ran) for number in range(4)}
     assert ranked[0][0] == 1 and rounds[1] == max(rounds.values())
     assert rounds[0] == rounds[3] == 1 and {number for number, _ in ranked[2:]} == {0, 3}
@@ -46,14 +47,19 @@ def test_whoever_is_clearly_behind_runs_no_further():
 
 def test_one_left_needs_no_more_rounds():
     field = Field([1.0, 5.0])
-    assert race(2, field, MSE)[0][0] == 0
+    assert race(2, field, MSE, ROUNDS)[0][0] == 0
     assert field.ran == [(0, 0), (1, 0)]
 
 
 def test_equals_run_to_the_end():
     field = Field([1.0, 1.0], noise=0.0)
-    ranked = race(2, field, MSE)
+    ranked = race(2, field, MSE, ROUNDS)
     assert len(field.ran) == 2 * ROUNDS and ranked[0][1] == ranked[1][1]
+
+
+@pytest.mark.parametrize(("probes", "rounds"), [(1, 12), (8, 12), (16, 6), (20, 5), (24, 4), (64, 4), (1000, 4)])
+def test_rounds_of_few_probes_are_more(probes, rounds):
+    assert rounds_for(probes) == rounds
 
 
 def test_more_probes_choose_better():
@@ -61,7 +67,7 @@ def test_more_probes_choose_better():
     wins = dict.fromkeys((1, ROUNDS), 0)
     for seed in range(200):
         for rounds in wins:
-            wins[rounds] += race(2, Field([1.05, 1.0], noise=0.5, seed=seed), MSE, rounds=rounds)[0][0] == 1
+            wins[rounds] += race(2, Field([1.05, 1.0], noise=0.5, seed=seed), MSE, rounds)[0][0] == 1
     assert wins[ROUNDS] > wins[1] + 10 and wins[ROUNDS] > 130
 
 
@@ -69,7 +75,7 @@ def test_more_probes_choose_better():
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(0, 99), st.floats(0, 2))
 def test_the_choice_has_the_least_of_those_left(means, seed, noise):
     field = Field(means, noise, probes=8, seed=seed)
-    ranked = race(len(means), field, MSE)
+    ranked = race(len(means), field, MSE, ROUNDS)
     assert sorted(number for number, _ in ranked) == list(range(len(means)))
     ran = {number: sum(each == number for each, _ in field.ran) for number in range(len(means))}
     left = [value for number, value in ranked if ran[number] == max(ran.values())]
@@ -81,14 +87,14 @@ def test_what_is_no_number_loses():
     def statistics_of(numbers, _):
         return [torch.full((4, 1), math.nan if number == 0 else 1.0, dtype=torch.float64) for number in numbers]
 
-    assert race(2, statistics_of, MSE) == [(1, 1.0), (0, math.inf)]
+    assert race(2, statistics_of, MSE, ROUNDS) == [(1, 1.0), (0, math.inf)]
 
 
 def test_a_set_metric_is_of_all_rounds_together():
     """And where a fitness needs more probes than a round has, nobody is given up for it."""
     spread = Fitness("spread", lambda made, dense: made.latents, lambda values: float(values.var()), probes=4)
     field = Field([1.0, 2.0], noise=0.0, probes=4)
-    ranked = race(2, field, spread, rounds=3)
+    ranked = race(2, field, spread, 3)
     assert ranked[0][0] == 0 and field.ran.count((1, 0)) == 1
     seen = torch.cat([Field([1.0], noise=0.0, probes=4).of(0, index) for index in range(len(field.ran) // 2)])
     assert ranked[0][1] == pytest.approx(float(seen.var()))
@@ -108,7 +114,7 @@ def test_a_set_metric_is_of_all_rounds_together():
 )
 def test_a_rival_wins_what_is_not_clearly_lost(means, rivals, choice):
     """A tie is the best rival's; whoever is given up is none any more."""
-    ranked = race(len(means), Field(means, noise=0.05, probes=8), MSE, rivals=rivals)
+    ranked = race(len(means), Field(means, noise=0.05, probes=8), MSE, ROUNDS, rivals)
     assert ranked[0][0] == choice or (choice == 0 and ranked[0][0] not in rivals)
     assert sorted(number for number, _ in ranked) == [*range(len(means))]
 
@@ -120,7 +126,7 @@ def test_rivals_change_the_choice_alone(means, seed, data):
     count = len(means)
     rivals = data.draw(st.sets(st.sampled_from(range(count))))
     plain, beside = Field(means, 0.3, probes=8, seed=seed), Field(means, 0.3, probes=8, seed=seed)
-    without, ranked = race(count, plain, MSE), race(count, beside, MSE, rivals=rivals)
+    without, ranked = race(count, plain, MSE, ROUNDS), race(count, beside, MSE, ROUNDS, rivals)
     assert plain.ran == beside.ran and dict(without) == dict(ranked)
     left = {number for number, index in beside.ran if index == max(index for _, index in beside.ran)}
     if ranked[0][0] not in rivals:

@@ -250,14 +250,14 @@ def test_the_best_few_are_run_again_on_fresh_seeds(dit, bank):
     found = allocate(host, bank, strategy="joint", target=0.6, prompts=PROMPTS, steps=5, seed=50)
     winner, steps = found.candidates[0], len(found.schedule.taus)
     conditions, errors = host.encode(PROMPTS[3:]), []
-    for number in range(1, 1 + final.ROUNDS):
+    for number in range(1, 1 + final.rounds_for(3)):
         seeds = range(53 + FRESH_APART * number, 56 + FRESH_APART * number)
         dense = sample(host, conditions, seeds, grid_points(5), 2.0)
         with applied(host, bank) as pruner:
             pruner.schedule = found.schedule
             made = sample(host.visiting(found.schedule.taus), conditions, seeds, steps, 2.0)
         errors.append(float((made - dense).square().mean()))
-    means = [sum(errors[:count]) / count for count in range(1, 1 + final.ROUNDS)]
+    means = [sum(errors[:count]) / count for count in range(1, 1 + final.rounds_for(3))]
     assert any(winner.final == pytest.approx(mean, rel=1e-4) for mean in means)
     assert "in the end" in str(found) and found.to_dict()["candidates"][0]["final"] == winner.final
 
@@ -302,9 +302,9 @@ def test_any_fitness_chooses(dit, bank, monkeypatch):
     found = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.6, prompts=PROMPTS, steps=5, fitness=weak)
     tried = [candidate.measured for candidate in found.candidates]
     finals = [candidate.final for candidate in found.candidates if candidate.final is not None]
-    rounds = [weak_of(dit, bank, found.schedule, FRESH_APART * number) for number in range(1, 1 + final.ROUNDS)]
+    rounds = [weak_of(dit, bank, found.schedule, FRESH_APART * number) for number in range(1, 1 + final.rounds_for(3))]
     assert set(seen) == {3} and len(finals) > 1
-    assert found.candidates[0].final == min(finals) == pytest.approx(sum(rounds) / final.ROUNDS, rel=1e-4)
+    assert found.candidates[0].final == min(finals) == pytest.approx(sum(rounds) / final.rounds_for(3), rel=1e-4)
     assert found.candidates[0].measured == pytest.approx(weak_of(dit, bank, found.schedule), rel=1e-4)
     near = allocate(DiffusersHost(dit), bank, strategy="joint", target=0.6, prompts=PROMPTS, steps=5)
     assert min(tried) <= weak_of(dit, bank, near.schedule) + 1e-6

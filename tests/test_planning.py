@@ -17,7 +17,7 @@ from stageprune.core.errors import AllocationError, ScheduleError, StagePruneErr
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import Probes, allocate, best_levels, measure_error_table
 from stageprune.core.planning.allocate import TOLERANCE
-from stageprune.core.planning.final import ROUNDS
+from stageprune.core.planning.final import rounds_for
 from stageprune.core.planning.probes import stage_starts
 from stageprune.core.pruning import prune
 from stageprune.core.runtime import applied
@@ -118,7 +118,7 @@ def test_no_two_rounds_of_probes_share_seeds(host, fine_bank, monkeypatch):
     )
     allocate(host, fine_bank, target=0.7, prompts=PROMPTS, steps=5)
     assert drawn[:2] == [[10_000, 10_001, 10_002, 10_003], [10_004, 10_005, 10_006, 10_007]], "table, held out"
-    assert 2 <= len(drawn) <= 1 + ROUNDS and all(len(seeds) == 4 for seeds in drawn)
+    assert 2 <= len(drawn) <= 1 + rounds_for(4) and all(len(seeds) == 4 for seeds in drawn)
     assert len({seed for seeds in drawn for seed in seeds}) == 4 * len(drawn)
 
 

@@ -12,7 +12,7 @@ from stageprune import StageSchedule
 from stageprune.core.errors import AllocationError, ScheduleError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import allocate
-from stageprune.core.planning.final import ROUNDS
+from stageprune.core.planning.final import rounds_for
 from stageprune.core.planning.joint.choose import plan_of
 from stageprune.core.planning.rivals import calls_of
 from stageprune.core.planning.strategies import joint
@@ -108,7 +108,7 @@ def test_whoever_runs_alike_races_once(host, bank, jumps, monkeypatch):
     assert sorted(name for name in names(found) if name.startswith("rival")) == ["rival 1", "rival 3"]
     tried = [calls_of(plan), calls_of(RIVAL)]
     fresh = [run for run in world.ran if run[0] > 100_000 and run[1] in tried]
-    assert len(fresh) == len(set(fresh)) == 2 * ROUNDS
+    assert len(fresh) == len(set(fresh)) == 2 * rounds_for(3)
 
 
 def test_one_that_lists_no_steps_runs_at_the_samplers_own(host, bank, jumps, monkeypatch):

@@ -17,7 +17,7 @@ from stageprune.core.errors import AllocationError, ScheduleError, SearchError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import Sampling, allocate, search
 from stageprune.core.planning.allocate import STRATEGIES, TOLERANCE
-from stageprune.core.planning.final import CLEAR, ROUNDS
+from stageprune.core.planning.final import CLEAR, rounds_for
 from stageprune.core.planning.fitness import Outcome, fitness_of
 from stageprune.core.planning.search import INITIALS
 from stageprune.core.planning.search.selection import probe_counts
@@ -208,7 +208,7 @@ def test_the_winner_is_chosen_on_held_out_probes(dit, bank, monkeypatch):
     last = next(i for i, seeds in enumerate(drawn) if not set(seeds) <= search_probes)
     assert set(itertools.chain(*drawn[:last])) == search_probes and set(drawn[last]) == held_out
     fresh = [frozenset(seeds) for seeds in drawn[last + 1 :]]
-    assert len(fresh) == len(set(fresh)) < ROUNDS, "each round has seeds of its own"
+    assert len(fresh) == len(set(fresh)) < rounds_for(4), "each round has seeds of its own"
     assert all(not seeds & (search_probes | held_out) and len(seeds) == 4 for seeds in fresh)
     assert len(found.finalists) == 2 and found.schedule.levels == list(found.best.levels)
     published = find(dit, bank, init="hybrid", settings=dataclasses.replace(FEW, finalists=1))

@@ -20,11 +20,20 @@ from torch import Tensor
 from .fitness import Fitness
 
 FINALISTS = 4
-ROUNDS = 4
-"""Rounds of fresh probes, at most."""
+ROUNDS = (4, 12)
+"""Rounds of fresh probes at most, where each has many and where each has few."""
 
-CLEAR = 2.0
+PROBES = 96
+"""Probes that a race may take if it can: on fewer, what few images do decides."""
+
+CLEAR = 2.5
 """Standard errors of the difference to the best by which a candidate must be behind to be given up."""
+
+
+def rounds_for(probes: int) -> int:
+    """How many rounds of so many probes a race takes at most."""
+    least, most = ROUNDS
+    return min(most, max(least, math.ceil(PROBES / probes)))
 
 
 @dataclass
@@ -54,7 +63,7 @@ def race(
     count: int,
     statistics_of: Callable[[Sequence[int], int], Sequence[Tensor]],
     fitness: Fitness,
-    rounds: int = ROUNDS,
+    rounds: int,
     rivals: Collection[int] = (),
 ) -> list[tuple[int, float]]:
     """Candidates by their number, the choice first, each with its fitness over the probes that it ran.
@@ -67,7 +76,7 @@ def race(
         statistics_of: numbers of candidates, round -> for each what the fitness keeps of this round's probes, which are
             the same for all candidates, shape (probes, numbers).
         fitness: what is less the better a candidate is.
-        rounds: at most.
+        rounds: at most; `rounds_for` says how many.
         rivals: numbers of those that another must be clearly ahead of to be the choice.
     """
     racing, given_up = [Finalist(number) for number in range(count)], list[Finalist]()

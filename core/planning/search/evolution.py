@@ -22,7 +22,7 @@ from ...errors import SearchError
 from ...processes import Processes
 from ...schedule import StageSchedule
 from ..allocation import Request
-from ..final import race
+from ..final import race, rounds_for
 from ..fitness import Fitness
 from ..sampling import Sampling
 from .initial import Init, Nursery, given_genome, initial_pool
@@ -238,9 +238,10 @@ class Evolution:
             sampling = task.held_out.fresh(index - 1) if index else task.held_out
             return self._statistics([chosen[number] for number in numbers], sampling)
 
+        rounds = rounds_for(len(task.held_out.prompts))
         state.finalists = [
             Finalist(self.space.levels(chosen[number]), self._value(chosen[number]), value)
-            for number, value in race(len(chosen), statistics_of, task.fitness)
+            for number, value in race(len(chosen), statistics_of, task.fitness, rounds)
         ]
         self.save()
 

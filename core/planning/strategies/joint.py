@@ -13,8 +13,7 @@ from ... import progress
 from ...errors import AllocationError
 from ...schedule import StageSchedule
 from ..allocation import Allocation, Candidate, Request, register_strategy
-from ..final import FINALISTS, race
-from ..final import ROUNDS as FINAL_ROUNDS
+from ..final import FINALISTS, race, rounds_for
 from ..joint import JumpTable, Plan, Runs, grid_points, measure_jumps, moves, objectives, plans
 from ..joint.choose import nearest_path, plan_of
 from ..joint.moves import Ground, sparser
@@ -213,14 +212,16 @@ def _last_choice(problem: _Problem, tried: Sequence[_Tried]) -> list[tuple[_Trie
     finalists = _finalists(tried)
     if len(finalists) == 1:
         return [(each, None) for each in tried]
-    with progress.bar(len(finalists) * FINAL_ROUNDS, "running the best again", "plan") as bar:
+    held_out = problem.probes(held_out=True)
+    rounds = rounds_for(len(held_out.prompts))
+    with progress.bar(len(finalists) * rounds, "running the best again", "plan") as bar:
 
         def statistics_of(numbers: Sequence[int], index: int) -> list[Tensor]:
-            runs = problem.runs(problem.probes(held_out=True).fresh(index), on_run=lambda: bar.update(1))
+            runs = problem.runs(held_out.fresh(index), on_run=lambda: bar.update(1))
             return [runs.statistics(finalists[number].schedule) for number in numbers]
 
         rivals = [number for number, each in enumerate(finalists) if each.rival]
-        ranked = race(len(finalists), statistics_of, problem.request.fitness, rivals=rivals)
+        ranked = race(len(finalists), statistics_of, problem.request.fitness, rounds, rivals)
     others = [each for each in tried if each not in finalists]
     return [(finalists[number], value) for number, value in ranked] + [(each, None) for each in others]
 

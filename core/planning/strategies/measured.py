@@ -11,7 +11,7 @@ from ... import progress
 from ...errors import AllocationError
 from ..allocation import Allocation, Candidate, Request, register_strategy
 from ..best_levels import best_levels
-from ..final import ROUNDS, race
+from ..final import race, rounds_for
 from ..fitness import fitness_of
 from ..interactions import best_together
 from ..probes import Probes
@@ -87,7 +87,8 @@ def _race(
         AllocationError: none of them gives finite samples.
     """
     levels, first = [*choices.values()], dict[int, float]()
-    with progress.bar(len(choices) * ROUNDS, "running schedules", "schedule") as bar:
+    rounds = rounds_for(len(held_out.prompts))
+    with progress.bar(len(choices) * rounds, "running schedules", "schedule") as bar:
 
         def errors_of(numbers: Sequence[int], index: int) -> list[Tensor]:
             probes = probes_of(request, held_out.fresh(index - 1) if index else held_out)
@@ -99,7 +100,7 @@ def _race(
                 bar.update(1)
             return found
 
-        ranked = race(len(choices), errors_of, fitness_of("latent_mse"))
+        ranked = race(len(choices), errors_of, fitness_of("latent_mse"), rounds)
     if math.isinf(ranked[0][1]):
         raise AllocationError(
             "no schedule's samples are finite: the levels of this bank break the model. Prune anew, with lower "
