@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from statistics import geometric_mean, median
 from typing import Any
 
+from stageprune.core.planning import final
+
 Results = dict[str, dict[str, Any]]
 """Demo -> what a benchmark wrote."""
 
@@ -44,6 +46,15 @@ the other sets. Below: its error over that of the choice by none, geometric mean
 Products of few probes are noisy: choosing by all of them follows the noise too. `allocate` and `search` choose by half,
 and race that choice against the one by none of them."""
 
+RACES = """
+### How far the last choice should go
+
+`python benchmarks/races.py`: what a table of {table_probes} probes likes best ran on {probes} others; races among these
+schedules are then drawn {draws} times from their errors. Below: the error of the choice over that of the best of them,
+and runs of one probe that the race took, geometric means over {budgets}; *any*: a schedule taken blindly. A column is a
+rule: how many standard errors behind a schedule is given up, and rounds at most. `allocate` and `search` give up at
+{clear:g}, and take {least} to {most} rounds, the more the fewer probes a round has ({enough} together)."""
+
 LATENCY = """
 ## A schedule for a speed-up
 
@@ -71,12 +82,21 @@ def page(found: Mapping[str, Results]) -> str:
         results = found.get(kind)
         if results:
             first = next(iter(results.values()))
-            facts = first | ({} if "schedules" not in first else {"schedules": len(first["schedules"])})
-            parts.append(text.format(**facts))
+            parts.append(text.format(**(first | facts_of(first))))
             parts.append(table(results))
     if found.get("fitness"):
         parts.append(choice(found["fitness"]))
     return "\n".join(parts) + "\n"
+
+
+def facts_of(data: dict[str, Any]) -> dict[str, Any]:
+    """What the words of a section say beside what its benchmark wrote."""
+    least, most = final.ROUNDS
+    return {
+        **({"schedules": len(data["schedules"])} if "schedules" in data else {}),
+        **({"budgets": f"{', '.join(data['targets'])} of the MACs"} if "targets" in data else {}),
+        **{"clear": final.CLEAR, "least": least, "most": most, "enough": final.PROBES},
+    }
 
 
 def sections() -> dict[str, tuple[str, Callable[[Results], str]]]:
@@ -85,6 +105,7 @@ def sections() -> dict[str, tuple[str, Callable[[Results], str]]]:
         "strategies": (STRATEGIES, strategies_table),
         "prediction": (PREDICTION, prediction_table),
         "interactions": (INTERACTIONS, interactions_table),
+        "races": (RACES, races_table),
         "latency": (LATENCY, latency_table),
         "fitness": (FITNESS, fitness_table),
     }
@@ -188,6 +209,31 @@ def interactions_table(results: Results) -> str:
                 cells.append(f"{found['mean']:.2f} ({gains} of {len(found['ratios'])})")
             lines.append(f"| {name} | {float(share):.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def races_table(results: Results) -> str:
+    """A row a demo and number of probes, a column a rule."""
+    found = {
+        name: [{rule(row): row for row in each["rules"]} | {"any": each["any"]} for each in data["targets"].values()]
+        for name, data in results.items()
+    }
+    rules = list(dict.fromkeys(key[1:] for key in next(iter(found.values()))[0] if key != "any"))
+    titles = ["never" if clear is None else f"{clear:g}" for clear, _ in rules]
+    titles = [f"{title}, {rounds} rounds" for title, (_, rounds) in zip(titles, rules, strict=True)]
+    lines = ["", f"| demo | probes a round | any | {' | '.join(titles)} |", "|---" * (3 + len(rules)) + "|"]
+    for name, targets in found.items():
+        blind = geometric_mean(each["any"] for each in targets)
+        for count in dict.fromkeys(key[0] for key in targets[0] if key != "any"):
+            rows = [[each[count, *key] for each in targets] for key in rules]
+            means = [[geometric_mean(row[what] for row in each) for what in ("error", "runs")] for each in rows]
+            cells = [f"{error:.3f} ({runs:.0f})" for error, runs in means]
+            lines.append(f"| {name} | {count} | {blind:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rule(row: dict[str, Any]) -> tuple[int, float | None, int]:
+    """Probes a round, standard errors behind (None: never), rounds at most."""
+    return row["each"], row["clear"], row["rounds"]
 
 
 def latency_table(results: Results) -> str:

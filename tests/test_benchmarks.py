@@ -104,6 +104,17 @@ def test_the_page_of_stages_says_when_ours_was_there(tmp_path):
     assert "in none of 2 runs" in worse and "no worse in 0;" in worse and "What the aim does" not in worse
 
 
+def test_the_page_of_stages_says_which_rule_ends_a_race():
+    """Means over the budgets, and a rule that gives nobody up."""
+    rows = [{"each": 8, "clear": clear, "rounds": 4, "error": 1.21, "runs": 100.0} for clear in (2.5, None)]
+    other = [{**row, "error": 1.0, "runs": 400.0} for row in rows]
+    targets = {"0.8": {"any": 2.0, "rules": rows}, "0.5": {"any": 2.0, "rules": other}}
+    facts = {"table_probes": 8, "probes": 192, "draws": 60, "targets": targets}
+    text = stages_page.page({"races": {"x": facts}})
+    assert "| 2.5, 4 rounds | never, 4 rounds |" in text and "geometric means over 0.8, 0.5 of the MACs" in text
+    assert "| x | 8 | 2.00 | 1.100 (200) | 1.100 (200) |" in text
+
+
 SOURCES = {
     "as it was": "TIMES = 2\n\n\ndef twice(x):\n    return TIMES * x\n",
     "described": '"""What it is."""\nTIMES = 2  # why\n\n\ndef twice(x):\n    """Of x."""\n    return TIMES * x\n',
