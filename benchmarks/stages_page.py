@@ -52,8 +52,9 @@ RACES = """
 `python benchmarks/races.py`: what a table of {table_probes} probes likes best ran on {probes} others; races among these
 schedules are then drawn {draws} times from their errors. Below: the error of the choice over that of the best of them,
 and runs of one probe that the race took, geometric means over {budgets}; *any*: a schedule taken blindly. A column is a
-rule: how many standard errors behind a schedule is given up, and rounds at most. `allocate` and `search` give up at
-{clear:g}, and take {least} to {most} rounds, the more the fewer probes a round has ({enough} together)."""
+rule: how many standard errors behind a schedule is given up (of few probes more, as Student's t asks), and rounds at
+most. `allocate` and `search` give up at {clear:g}, and take {least} to {most} rounds, the more the fewer probes a round
+has ({enough} together)."""
 
 LATENCY = """
 ## A schedule for a speed-up

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageprune import Fitness
-from stageprune.core.planning.final import race, rounds_for
+from stageprune.core.planning.final import CLEAR, clear_by, race, rounds_for
 from stageprune.core.planning.fitness import fitness_of
 
 MSE = fitness_of("latent_mse")
@@ -60,6 +60,15 @@ def test_equals_run_to_the_end():
 @pytest.mark.parametrize(("probes", "rounds"), [(1, 12), (8, 12), (16, 6), (20, 5), (24, 4), (64, 4), (1000, 4)])
 def test_rounds_of_few_probes_are_more(probes, rounds):
     assert rounds_for(probes) == rounds
+
+
+@pytest.mark.parametrize("probes", [8, 16, 32, 96, 384])
+def test_few_probes_must_be_clearer(probes):
+    """As likely as a normal deviate of so many standard errors: by numerical integration of Student's density."""
+    freedom, x = probes - 1, torch.linspace(0, clear_by(probes), 100_001, dtype=torch.float64)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    within = float(torch.trapezoid((1 + x.square() / freedom) ** (-(freedom + 1) / 2), x)) * 2 * scale
+    assert 1 - within == pytest.approx(math.erfc(CLEAR / math.sqrt(2)), rel=0.1)
 
 
 def test_more_probes_choose_better():

@@ -17,7 +17,7 @@ from stageprune.core.errors import AllocationError, ScheduleError, SearchError
 from stageprune.core.hosts.diffusers import DiffusersHost
 from stageprune.core.planning import Sampling, allocate, search
 from stageprune.core.planning.allocate import STRATEGIES, TOLERANCE
-from stageprune.core.planning.final import CLEAR, rounds_for
+from stageprune.core.planning.final import clear_by, rounds_for
 from stageprune.core.planning.fitness import Outcome, fitness_of
 from stageprune.core.planning.search import INITIALS
 from stageprune.core.planning.search.selection import probe_counts
@@ -122,7 +122,7 @@ def test_a_warm_start_never_ends_worse_than_it_began(dit, bank, init, fitness):
         assert start
         errors = _held_out(dit, bank, found, start[0].levels), _held_out(dit, bank, found, found.best.levels)
         apart = fitness_of(fitness).standard_error(*errors)
-        assert float((errors[1] - errors[0]).mean()) <= CLEAR * apart
+        assert float((errors[1] - errors[0]).mean()) <= clear_by(len(errors[0])) * apart
         if isinstance(init, StageSchedule):
             assert tuple(init.levels) in {each.levels for each in found.finalists}
 

@@ -27,13 +27,25 @@ PROBES = 96
 """Probes that a race may take if it can: on fewer, what few images do decides."""
 
 CLEAR = 2.5
-"""Standard errors of the difference to the best by which a candidate must be behind to be given up."""
+"""Standard errors of the difference to the best by which a candidate must be behind to be given up; more of them where
+they are of few probes (`clear_by`).
+"""
 
 
 def rounds_for(probes: int) -> int:
     """How many rounds of so many probes a race takes at most."""
     least, most = ROUNDS
     return min(most, max(least, math.ceil(PROBES / probes)))
+
+
+def clear_by(probes: int) -> float:
+    """As `CLEAR`, of so many probes: the quantile of Student's t in place of the normal distribution's.
+
+    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), its first two terms.
+    """
+    freedom = max(probes - 1, 1)
+    first, second = CLEAR**3 + CLEAR, 5 * CLEAR**5 + 16 * CLEAR**3 + 3 * CLEAR
+    return CLEAR + first / (4 * freedom) + second / (96 * freedom**2)
 
 
 @dataclass
@@ -105,4 +117,5 @@ def _clearly_behind(candidate: Finalist, best: Finalist, fitness: Fitness) -> bo
         return True
     if len(best.statistics) <= fitness.probes:  # too few to know how far off that is
         return False
-    return value - least > CLEAR * fitness.standard_error(candidate.statistics, best.statistics)
+    apart = fitness.standard_error(candidate.statistics, best.statistics)
+    return value - least > clear_by(len(best.statistics)) * apart
