@@ -141,7 +141,7 @@ def strategies_table(results: Results) -> str:
 def _strategy_row(target: str, strategy: str, rows: list[dict[str, Any]]) -> str:
     errors = [row["latent_mse"]["mean"] for row in rows]
     spread = (max(errors) - min(errors)) / 2
-    error = f"{sum(errors) / len(errors):.4f}" + (f" ± {spread:.4f}" if len(rows) > 1 else "")
+    error = f"{sum(errors) / len(errors):.5f}" + (f" ± {spread:.5f}" if len(rows) > 1 else "")
     accuracy = sum(row["accuracy"]["mean"] for row in rows) / len(rows)
     frechet = sum(row["frechet_pooled"] for row in rows) / len(rows)
     steps = f"{median(row['denoiser_steps'] for row in rows):.0f}" if "denoiser_steps" in rows[0] else ""

@@ -98,8 +98,8 @@ def test_the_page_of_stages_says_when_ours_was_there(tmp_path):
     text = stages_page.page({"strategies": {"x": strategies_of(2.0, 3.0)}})
     assert "in 2 of 2 runs, after 0.060 to 0.060 of its denoiser steps" in text
     assert "no worse in 2;" in text and "0.71 times" in text
-    assert "| 0.67 | ours | 2 | 2.5000 ± 0.5000 | 1.000 | 2.00 | 100 | 3 |" in text
-    assert "| 0.67 | uniform | 1 | 5.0000 | 1.000 | 2.00 |  | 3 |" in text
+    assert "| 0.67 | ours | 2 | 2.50000 ± 0.50000 | 1.000 | 2.00 | 100 | 3 |" in text
+    assert "| 0.67 | uniform | 1 | 5.00000 | 1.000 | 2.00 |  | 3 |" in text
     worse = stages_page.page({"strategies": {"x": strategies_of(2.0, 1.0)}})
     assert "in none of 2 runs" in worse and "no worse in 0;" in worse and "What the aim does" not in worse
 
