@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import DEMOS, TARGETS, Subject, write_results
-from stageprune.core.planning import Probes, Request, Sampling, final, measure_error_table
+from stageprune.core.planning import ErrorTable, Probes, Request, Sampling, final, measure_error_table
 from stageprune.core.planning.costs import Budget
 from stageprune.core.planning.fitness import Fitness
 from stageprune.core.planning.partitions import divide
@@ -56,26 +56,32 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="shares of the dense MACs")
     options = parser.parse_args()
     for name in options.demos:
-        found = {str(target): measure(Subject(name), target) for target in options.targets}
+        found = measure(Subject(name), options.targets)
         facts = {"demo": name, "steps": STEPS, "stages": STAGES, "table_probes": PROBES, "probes": MANY, "draws": DRAWS}
         write_results(f"races-{name}", {**facts, "targets": found})
         print(name, found, flush=True)
 
 
 @torch.no_grad()
-def measure(demo: Subject, target: float) -> dict[str, Any]:
-    """Errors of the candidates, and what each rule makes of them."""
+def measure(demo: Subject, targets: Sequence[float]) -> dict[str, Any]:
+    """Budget -> errors of the candidates, and what each rule makes of them. One table serves all budgets."""
     bank, guidance = demo.bank(), demo.recipe.guidance
     sampling = Sampling(demo.host, demo.demo.prompts(PROBES), STEPS, guidance, seed=FIRST_SEED - PROBES)
     judges = Sampling(demo.host, demo.demo.prompts(MANY), STEPS, guidance, seed=FIRST_SEED)
     with applied(demo.host, bank) as pruner:
         stages = divide(f"equal-steps:{STAGES}", sampling)
-        budget = Budget.of(Target.parse(target), sampling, pruner)
-        request = Request(sampling, bank, budget, stages, pruner)
-        table = measure_error_table(probes_of(request), bank.sparsities, STEPS)
-        chosen = [*ranked_choices(request, table).values(), *ranked_choices(request, table, share=1.0).values()]
-        levels = list(dict.fromkeys(chosen))
-        errors = errors_of(probes_of(request, judges), levels)
+        budgets = {str(target): Budget.of(Target.parse(target), sampling, pruner) for target in targets}
+        requests = {target: Request(sampling, bank, each, stages, pruner) for target, each in budgets.items()}
+        first = next(iter(requests.values()))
+        table, probes = measure_error_table(probes_of(first), bank.sparsities, STEPS), probes_of(first, judges)
+        return {target: judged(request, table, probes) for target, request in requests.items()}
+
+
+def judged(request: Request, table: ErrorTable, probes: Probes) -> dict[str, Any]:
+    """What the table likes best under a budget, and which of it each rule chooses."""
+    chosen = [*ranked_choices(request, table).values(), *ranked_choices(request, table, share=1.0).values()]
+    levels = list(dict.fromkeys(chosen))
+    errors = errors_of(probes, levels)
     means = errors.mean(1)
     rules = [drawn(errors, clear, rounds, each) for each in EACH for clear, rounds in RULES]
     return {"levels": levels, "errors": means.tolist(), "any": float(means.mean() / means.min()), "rules": rules}

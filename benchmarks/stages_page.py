@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from statistics import geometric_mean, median
 from typing import Any
 
+from provenance import told
 from stageprune.core.planning import final
 
 Results = dict[str, dict[str, Any]]
@@ -43,8 +44,9 @@ INTERACTIONS = """
 `python benchmarks/interactions.py`: tables of {sets} sets of {probes} probes each ({steps} steps, {stages} stages)
 choose levels by all, half or none of their products of different stages; what a choice gives is told by the tables of
 the other sets. Below: its error over that of the choice by none, geometric mean over the sets, and how many sets gain.
-Products of few probes are noisy: choosing by all of them follows the noise too. `allocate` and `search` choose by half,
-and race that choice against the one by none of them."""
+Products of few probes are noisy: choosing by all of them follows the noise too. `allocate` chooses by half, and races
+that choice against the one by none of them; `search` begins with the choices by all as well, which its own probes are
+best at."""
 
 RACES = """
 ### How far the last choice should go
@@ -122,7 +124,7 @@ def choice(fitness: Results) -> str:
 
 def strategies_table(results: Results) -> str:
     """A table a demo: a row a target and strategy."""
-    parts = []
+    parts = ["\n" + told(results, "search")]
     for name, data in results.items():
         parts += [
             f"\n### {name}, {data['probes']} search probes\n",
