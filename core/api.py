@@ -276,7 +276,7 @@ def allocate(
             how near the dense model's own samples are; `frechet`, which wants many prompts, how near real ones.
         judge: for `frechet` and `accuracy`; a judge or its folder.
         rivals: schedules within the same budget that the choice of `joint` or `steps` must not be worse than: one of
-            them is the choice, unless a plan is clearly better. Those that list no steps run at the sampler's own, as
+            them is the choice, unless a plan is ahead of it. Those that list no steps run at the sampler's own, as
             many as they were planned for, or else `steps`. `steps` heeds dense ones alone.
 
     Returns:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageprune import Fitness
-from stageprune.core.planning.final import CLEAR, clear_by, race, rounds_for
+from stageprune.core.planning.final import AHEAD, CLEAR, clear_by, race, rounds_for
 from stageprune.core.planning.fitness import fitness_of
 
 MSE = fitness_of("latent_mse")
@@ -121,17 +121,32 @@ def test_a_set_metric_is_of_all_rounds_together():
         ([1.0, 1.0, 1.5], [2], 0),
     ],
 )
-def test_a_rival_wins_what_is_not_clearly_lost(means, rivals, choice):
+def test_a_rival_wins_what_is_hardly_lost(means, rivals, choice):
     """A tie is the best rival's; whoever is given up is none any more."""
     ranked = race(len(means), Field(means, noise=0.05, probes=8), MSE, ROUNDS, rivals)
     assert ranked[0][0] == choice or (choice == 0 and ranked[0][0] not in rivals)
     assert sorted(number for number, _ in ranked) == [*range(len(means))]
 
 
+@pytest.mark.parametrize("errors", [0.5, 0.95, 1.05, 2.0])
+def test_a_rival_that_is_behind_by_more_than_chance_loses(errors):
+    """By so many standard errors in the end, and fewer before: too few to be given up."""
+    probes = 8
+    count = probes * ROUNDS
+    noise = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(probes // 2)
+    behind = errors * float(noise.repeat(ROUNDS).std()) / math.sqrt(count)
+
+    def statistics_of(numbers, _):
+        return [(noise + behind if number else torch.zeros(probes, dtype=torch.float64))[:, None] for number in numbers]
+
+    ranked = race(2, statistics_of, MSE, ROUNDS, rivals=[1])
+    assert ranked[0][0] == (0 if errors > AHEAD else 1)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0.9, 1.1), min_size=2, max_size=5), st.integers(0, 99), st.data())
 def test_rivals_change_the_choice_alone(means, seed, data):
-    """What runs, and for how long, is as without them; the choice is no rival only if each rival was given up."""
+    """What runs, and for how long, is as without them."""
     count = len(means)
     rivals = data.draw(st.sets(st.sampled_from(range(count))))
     plain, beside = Field(means, 0.3, probes=8, seed=seed), Field(means, 0.3, probes=8, seed=seed)

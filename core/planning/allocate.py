@@ -95,7 +95,7 @@ def allocate(
         fitness: what `joint` and `steps` choose by, as for `search`, against a dense run on a fine grid.
         judge: what the fitnesses `frechet` and `accuracy` ask.
         rivals: schedules within the same budget that the choice of `joint` or `steps` must not be worse than: one of
-            them is the choice, unless a plan is clearly better. Those that list no steps run at the sampler's own, as
+            them is the choice, unless a plan is ahead of it. Those that list no steps run at the sampler's own, as
             many as they were planned for, or else `steps`. `steps` heeds dense ones alone.
 
     Raises:

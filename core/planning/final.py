@@ -4,8 +4,8 @@ The best of many candidates on a handful of probes is partly the luckiest, the m
 make up most of a mean. So the best few are run once more, each on the same new probes, and whichever is clearly behind
 is given up (racing, as of Maron and Moore, "Hoeffding races", 1993, by standard errors of paired differences).
 
-What a choice must not be worse than races too, as a rival. Whoever races to the end is not clearly behind, so a rival
-that does is taken: better to do what another way does than to lose to it by chance.
+What a choice must not be worse than races too, as a rival. The best rival is taken unless another is ahead of it by
+more than chance: better to do what another way does than to lose to it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ PROBES = 96
 CLEAR = 2.5
 """Standard errors of the difference to the best by which a candidate must be behind to be given up; more of them where
 they are of few probes (`clear_by`).
+"""
+
+AHEAD = 1.0
+"""Standard errors of the difference by which a candidate must be ahead of the best rival to be the choice: enough that
+few are chosen that are worse, and not so many that gains are given away where errors of single images differ much.
 """
 
 
@@ -80,8 +85,8 @@ def race(
 ) -> list[tuple[int, float]]:
     """Candidates by their number, the choice first, each with its fitness over the probes that it ran.
 
-    The choice is the best of those that are left, or the best rival among them. Those that were given up come last, the
-    earliest at the end: their values are of fewer probes.
+    The choice is the best of those that are left, or the best rival among them if that is hardly behind. Those that
+    were given up come last, the earliest at the end: their values are of fewer probes.
 
     Args:
         count: of candidates, at least one.
@@ -89,7 +94,7 @@ def race(
             the same for all candidates, shape (probes, numbers).
         fitness: what is less the better a candidate is.
         rounds: at most; `rounds_for` says how many.
-        rivals: numbers of those that another must be clearly ahead of to be the choice.
+        rivals: numbers of those that another must be ahead of by `AHEAD` to be the choice.
     """
     racing, given_up = [Finalist(number) for number in range(count)], list[Finalist]()
     for index in range(rounds):
@@ -102,20 +107,25 @@ def race(
         given_up = behind + given_up
         if len(racing) == 1:
             break
-    return [(each.number, each.value(fitness)) for each in (*_choice_first(racing, rivals), *given_up)]
+    return [(each.number, each.value(fitness)) for each in (*_choice_first(racing, fitness, rivals), *given_up)]
 
 
-def _choice_first(racing: Sequence[Finalist], rivals: Collection[int]) -> list[Finalist]:
-    """Those that are left, the best first, or the best rival: the best is not clearly ahead of any of them."""
-    choice = next((each for each in racing if each.number in rivals), racing[0])
+def _choice_first(racing: Sequence[Finalist], fitness: Fitness, rivals: Collection[int]) -> list[Finalist]:
+    """Those that are left, the best first, or the best rival if it is hardly behind."""
+    rival = next((each for each in racing if each.number in rivals), racing[0])
+    choice = racing[0] if _behind(rival, racing[0], fitness, AHEAD) else rival
     return [choice, *(each for each in racing if each is not choice)]
 
 
 def _clearly_behind(candidate: Finalist, best: Finalist, fitness: Fitness) -> bool:
+    return _behind(candidate, best, fitness, clear_by(len(best.statistics)))
+
+
+def _behind(candidate: Finalist, best: Finalist, fitness: Fitness, errors: float) -> bool:
+    """Whether a candidate is behind by more than so many standard errors, as far as its probes can tell."""
     value, least = candidate.value(fitness), best.value(fitness)
     if math.isinf(value):
         return True
     if len(best.statistics) <= fitness.probes:  # too few to know how far off that is
         return False
-    apart = fitness.standard_error(candidate.statistics, best.statistics)
-    return value - least > clear_by(len(best.statistics)) * apart
+    return value - least > errors * fitness.standard_error(candidate.statistics, best.statistics)
