@@ -49,6 +49,8 @@ class Checkpoint:
             "probes": torch.tensor([len(rows[genome]) for genome in genomes], dtype=torch.int64),
             "statistics": torch.cat([rows[genome] for genome in genomes]) if genomes else torch.zeros(0, 1).double(),
         }
+        if state.products is not None:
+            tensors["products"] = state.products.contiguous()
         meta = {
             "format": FORMAT,
             "identity": json.dumps(self.identity),
@@ -70,7 +72,7 @@ class Checkpoint:
         meta, tensors = self._read()
         try:
             self._check(json.loads(meta["identity"]))
-            state = SearchState.from_dict(json.loads(meta["state"]))
+            state = SearchState.from_dict(json.loads(meta["state"]), tensors.get("products"))
             genomes, counts = tensors["genomes"].tolist(), tensors["probes"].tolist()
             parts = torch.split(tensors["statistics"], counts)
             return state, {tuple(genome): part for genome, part in zip(genomes, parts, strict=True)}

@@ -1,9 +1,9 @@
 """Diff-ES's evolution over levels (arXiv 2603.05105, its search loop), with the selection in rounds of EvoPress.
 
 A generation mutates the survivors, judges the new schedules together with them, and keeps the best: the best one never
-gets worse. Unlike Diff-ES it starts from what an error table says of all schedules, counts the budget over executed
-calls, judges on several fidelities, tries nothing twice, knows when to stop, chooses the winner on probes that the
-search has not seen, and can be interrupted at any moment.
+gets worse. Unlike Diff-ES it starts from what an error table says of all schedules, breeds by a model of what ran,
+counts the budget over executed calls, judges on several fidelities, tries nothing twice, knows when to stop, chooses
+the winner on probes that the search has not seen, and can be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..sampling import Sampling
 from .initial import Init, Nursery, given_genome, initial_pool
 from .ledger import Ledger
 from .metered import MeteredHost
-from .mutation import TRIES, mutate
 from .probes import Block, blocks_of
+from .proposals import Breeder
 from .result import Finalist, Generation, SearchResult
 from .selection import Selection, probe_counts
 from .settings import SearchSettings
@@ -172,7 +172,7 @@ class Evolution:
         if not state.history and not state.pool:
             self._initial()
             self.save()
-        pool = self._offspring() if state.history else state.pool
+        pool = self._offspring(selection.counts) if state.history else state.pool
         # What races at the end has to reach the last round.
         exempt = state.starts if not state.history else []
         if not pool:
@@ -205,20 +205,14 @@ class Evolution:
         nursery = Nursery(metered, self.space, self.task.settings, self.state.random)
         pool = initial_pool(self.task.init, nursery)
         self._add(start=meter.steps)
-        self.state.pool, self.state.starts = self.processes.agree((pool.genomes, pool.starts))
+        pool = self.processes.agree(pool)
+        self.state.pool, self.state.starts, self.state.products = pool.genomes, pool.starts, pool.products
 
-    def _offspring(self) -> list[Genome]:
-        """Mutants of random survivors; fewer if new ones are hard to find."""
-        state, settings = self.state, self.task.settings
-        made: list[Genome] = []
-        for _ in range(TRIES * settings.offspring):
-            if len(made) == settings.offspring:
-                break
-            parent = state.random.choice(state.survivors)
-            child = mutate(parent, self.space, settings.moves, settings.max_levels, state.random)
-            if not settings.unique or not (child in self.ledger or child in made):
-                made.append(child)
-        return made
+    def _offspring(self, counts: Sequence[int]) -> list[Genome]:
+        """Of the survivors; fewer if new ones are hard to find."""
+        state, task = self.state, self.task
+        breeder = Breeder(self.space, task.settings, self.ledger, counts, state.products, state.random)
+        return self.processes.agree(breeder.offspring(state.survivors))
 
     def _finals(self) -> None:
         """The best, and what a warm start began with, race on held-out probes, and on fresh ones until one is clearly

@@ -10,6 +10,8 @@ from itertools import chain, islice
 from random import Random
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ...errors import SearchError
 from ...schedule import StageSchedule
 from ..allocation import STRATEGIES, Request
@@ -31,10 +33,12 @@ class Pool(NamedTuple):
     Args:
         genomes: all of it.
         starts: those of it that a warm start began with, the most important first.
+        products: of the error table that it was made from, as `ErrorTable.interactions`; None if there was none.
     """
 
     genomes: list[Genome]
     starts: list[Genome]
+    products: Tensor | None = None
 
 
 MUTANTS = 16
@@ -153,7 +157,7 @@ def measured_pool(nursery: Nursery) -> Pool:
     tried = [*starts, *here, *nursery.planned("uniform")]
     mutants = dict.fromkeys(islice(nursery.mutants(tried), MUTANTS * nursery.settings.pool))
     likely = sorted(mutants, key=lambda genome: (error_of(genome, products), genome))
-    return nursery.pool(tried, chain(likely, nursery.draws()), starts)
+    return nursery.pool(tried, chain(likely, nursery.draws()), starts)._replace(products=products)
 
 
 def check_init(init: Init) -> None:

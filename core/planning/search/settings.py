@@ -38,6 +38,8 @@ class SearchSettings:
         offspring: new schedules of each generation. The initial pool has `survivors` more.
         rounds: of each selection, with falling `keep` and rising `share`, the last on all search probes (EvoPress's
             selection: many candidates on few probes, few on many). The parents join in the last one.
+        guided: whether offspring are those that a model of all candidates so far expects most of, bred by it over many
+            generations of mutants; False draws mutants of the survivors, as Diff-ES does.
         moves: most level switches of a mutation; how many is the smaller of two draws from 1 to `moves`.
         max_levels: most levels that a switch moves a stage by.
         patience: generations without a better schedule after which the search ends; None never ends it early.
@@ -59,9 +61,10 @@ class SearchSettings:
     generations: int = 40
     offspring: int = 16
     rounds: tuple[Round, ...] = (Round(8, 0.25), Round(4))
-    moves: int = 2
-    max_levels: int = 2
-    patience: int | None = 4
+    guided: bool = True
+    moves: int = 3
+    max_levels: int = 3
+    patience: int | None = 6
     init: str = "measured"
     finalists: int = 4
     unique: bool = True
@@ -97,6 +100,7 @@ class SearchSettings:
         fixed = {
             "offspring": 16,
             "rounds": (Round(4),),
+            "guided": False,
             "moves": 1,
             "patience": None,
             "init": "hybrid",

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
+from torch import Tensor
+
 from .result import Cost, Finalist, Generation
 from .space import Genome
 from .trie import Key
@@ -21,6 +23,7 @@ class SearchState:
         costs: sparsity -> cost of a call; kept because measured times differ from day to day.
         survivors: best first.
         starts: schedules that a warm start began with, the most important first.
+        products: of the error table that the initial pool was made from; None if there was none.
         pool: the initial one, from when it is made until it is judged.
         stale: generations since the best one became better.
         history: generations so far.
@@ -35,6 +38,7 @@ class SearchState:
     costs: dict[float, int]
     survivors: list[Genome] = field(default_factory=list)
     starts: list[Genome] = field(default_factory=list)
+    products: Tensor | None = None
     pool: list[Genome] = field(default_factory=list)
     stale: int = 0
     history: list[Generation] = field(default_factory=list)
@@ -45,7 +49,7 @@ class SearchState:
     cost: Cost = field(default_factory=Cost)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON: all but `products`."""
         return {
             "random": self.random.getstate(),
             "costs": list(self.costs.items()),
@@ -62,7 +66,7 @@ class SearchState:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SearchState:
+    def from_dict(cls, data: Mapping[str, Any], products: Tensor | None = None) -> SearchState:
         """Inverse of `to_dict`, of JSON. KeyError, TypeError or ValueError if the data are damaged."""
         random = Random()
         version, numbers, gauss = data["random"]
@@ -72,6 +76,7 @@ class SearchState:
             costs={float(sparsity): int(cost) for sparsity, cost in data["costs"]},
             survivors=[tuple(genome) for genome in data["survivors"]],
             starts=[tuple(genome) for genome in data["starts"]],
+            products=products,
             pool=[tuple(genome) for genome in data["pool"]],
             stale=data["stale"],
             history=[Generation.from_dict(each) for each in data["history"]],
