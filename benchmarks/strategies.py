@@ -43,7 +43,8 @@ PUBLISHED_LEVELS = 16
 """Levels a stage of Diff-ES."""
 
 FIXED = ("uniform", "mosaic", *(f"pattern:{name}" for name in PATTERNS if name not in ("ramp-down", "ramp-up")))
-SEARCHES = ("ours", "Diff-ES as published")
+SEEDED = ("measured", "ours", "Diff-ES as published")
+"""What draws at random: probes, and what a search tries."""
 
 
 def main() -> None:
@@ -52,13 +53,13 @@ def main() -> None:
     parser.add_argument("demos", nargs="*", default=[*DEMOS], help=f"some of {', '.join(DEMOS)}; all by default")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS, help="shares of the dense MACs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of `measured` and of the searches")
-    parser.add_argument("--without", nargs="*", default=[], choices=SEARCHES, help="searches to leave out")
+    parser.add_argument("--without", nargs="*", default=[], choices=SEEDED, help="strategies to leave out")
     parser.add_argument("--again", action="store_true", help="measure rows of another state of the code again")
     options = parser.parse_args()
     for name in options.demos:
         runner = Runner(name, options.again)
         for target in options.targets:
-            runner.run(target, options.seeds, [each for each in SEARCHES if each not in options.without])
+            runner.run(target, options.seeds, [each for each in SEEDED if each not in options.without])
 
 
 class Runner:
@@ -74,14 +75,16 @@ class Runner:
         self.bank = self.demo.bank()
         self.dense = [self.sample(index) for index in range(SETS)]
 
-    def run(self, target: float, seeds: int, searches: list[str]) -> None:
+    def run(self, target: float, seeds: int, seeded: list[str]) -> None:
         """All strategies under one budget."""
         for strategy in FIXED:
             self.row(f"{target}/{strategy}/0", lambda strategy=strategy: self.allocate(strategy, target, 0))
         for seed in range(seeds):
-            self.row(f"{target}/measured/{seed}", lambda seed=seed: self.allocate("measured", target, seed))
-            for name in searches:
-                self.row(f"{target}/{name}/{seed}", lambda name=name, seed=seed: self.search(name, target, seed))
+            for name in seeded:
+                choose = self.allocate if name == "measured" else self.search
+                self.row(
+                    f"{target}/{name}/{seed}", lambda choose=choose, name=name, seed=seed: choose(name, target, seed)
+                )
 
     def allocate(self, strategy: str, target: float, seed: int) -> tuple[StageSchedule, dict[str, Any]]:
         """A schedule by formula or by table."""
